@@ -1,0 +1,3 @@
+"""The version, read by the build and by patch manifests without importing torch."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,216 @@
+"""What must hold: constraints l_e with one number per demand, met where it is at most 0.
+
+A constraint knows any callable from inputs to outputs, never parameters or editors. To make one, subclass `Constraint`
+and write `violation`, differentiable in what the function returns.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from ._calling import Function, Inputs, check_batch, check_finite_tensor, leaves, outputs
+from .errors import ConflictingConstraints, InvalidInput, ShapeMismatch
+
+__all__ = ["All", "Classified", "Constraint", "Kept", "Within"]
+
+
+class Constraint(ABC):
+    """What must hold; a demand is met where its violation is at most 0 (NaN is not met)."""
+
+    @abstractmethod
+    def violation(self, function: Function) -> Tensor:
+        """Return one number per demand, shape (n,), differentiable in the function's outputs."""
+
+    def bind(self, function: Function) -> Constraint:
+        """Return this constraint with everything that depends on today's answers of `function` fixed."""
+        return self
+
+    def met(self, function: Function) -> Tensor:
+        """Return which demands hold, shape (n,), bool."""
+        with torch.no_grad():
+            return self.violation(function) <= 0
+
+    def satisfied(self, function: Function) -> bool:
+        """Say whether every demand holds."""
+        return bool(self.met(function).all())
+
+    @property
+    def kind(self) -> str:
+        """Name the kind of demand, as a patch's manifest records it."""
+        return type(self).__name__
+
+    def __and__(self, other: Constraint) -> Constraint:
+        return All((*_parts(self), *_parts(other)))
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class All(Constraint):
+    """Every demand of every part."""
+
+    parts: tuple[Constraint, ...]
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise InvalidInput("All was given no constraint; expected at least one, as in Classified(...) & Kept(...)")
+
+    def violation(self, function: Function) -> Tensor:
+        """Concatenate the parts' violations, shape (sum of n,)."""
+        return torch.cat([part.violation(function) for part in self.parts])
+
+    def bind(self, function: Function) -> Constraint:
+        """Bind every part."""
+        return All(tuple(part.bind(function) for part in self.parts))
+
+    @property
+    def kind(self) -> str:
+        """Name the parts, as in `Classified & Kept`."""
+        return " & ".join(part.kind for part in self.parts)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Classified(Constraint):
+    """The class of each input beats every other class by `margin`; a tie is not met.
+
+    The violation of one input with logits z and label y is ``margin + max_{c != y} z_c - z_y``: the constraint of
+    Sinitsin et al. (ICLR 2020), ``max_c log p_c - log p_y``, without the normaliser, which cancels, and with a slope
+    beyond 0. An exact tie counts as the smallest positive number, so that margin 0 asks for the strict winner.
+
+    Args:
+        inputs: a batch of n items, as the model takes it: a tensor, a tuple of arguments, or a mapping.
+        labels: the classes wanted, shape (n,), integers.
+        margin: by how much they win, in logits; at least 0.
+    """
+
+    inputs: Inputs
+    labels: Tensor
+    margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        n = check_batch(self.inputs, "Classified")
+        labels = self.labels
+        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+            given = f"{labels.dtype} tensor" if isinstance(labels, Tensor) else type(labels).__name__
+            raise InvalidInput(f"Classified was given labels as {given}; expected a tensor of {n} integers (int64)")
+        if labels.shape != (n,):
+            raise ShapeMismatch(f"Classified was given {n} inputs and labels of shape {tuple(labels.shape)}; expected ({n},)")
+        if not 0 <= self.margin < float("inf"):
+            raise InvalidInput(f"Classified was given margin={self.margin}; expected a finite number of logits, at least 0")
+
+    def violation(self, function: Function) -> Tensor:
+        """Return ``margin + max_{c != y} z_c - z_y`` per input, shape (n,)."""
+        logits = _logits(function, self.inputs, len(self.labels))
+        index = self.labels.to(logits.device, torch.int64)[:, None]
+        if int(index.min()) < 0 or int(index.max()) >= logits.shape[1]:
+            raise InvalidInput(
+                f"Classified was given labels between {int(index.min())} and {int(index.max())}; "
+                f"the model has {logits.shape[1]} classes, so expected 0 to {logits.shape[1] - 1}"
+            )
+        wanted = logits.gather(1, index).squeeze(1)
+        gap = logits.scatter(1, index, -torch.inf).amax(1) - wanted
+        return gap + self.margin + torch.finfo(gap.dtype).tiny * (gap == 0)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Within(Constraint):
+    """Each output lies within a squared distance of its target: ``||f(x) - y||^2 - tolerance``.
+
+    Args:
+        inputs: a batch of n items.
+        targets: what the model should return, shape (n, ...), that of its output.
+        tolerance: the squared distance allowed per item, in squared units of the output; at least 0.
+    """
+
+    inputs: Inputs
+    targets: Tensor
+    tolerance: float
+
+    def __post_init__(self) -> None:
+        n = check_batch(self.inputs, "Within")
+        if not isinstance(self.targets, Tensor) or len(self.targets) != n:
+            given = tuple(self.targets.shape) if isinstance(self.targets, Tensor) else type(self.targets).__name__
+            raise ShapeMismatch(f"Within was given {n} inputs and targets {given}; expected one target per input")
+        check_finite_tensor(self.targets, "the targets of Within")
+        if not 0 <= self.tolerance < float("inf"):
+            raise InvalidInput(f"Within was given tolerance={self.tolerance}; expected a finite number, at least 0")
+
+    def violation(self, function: Function) -> Tensor:
+        """Return ``||f(x) - y||^2 - tolerance`` per input, shape (n,)."""
+        answer = outputs(function, self.inputs)
+        if answer.shape != self.targets.shape:
+            raise ShapeMismatch(
+                f"Within was given targets of shape {tuple(self.targets.shape)}; the model returns {tuple(answer.shape)}"
+            )
+        return (answer - self.targets.to(answer)).square().reshape(len(answer), -1).sum(1) - self.tolerance
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Kept(Constraint):
+    """The model's answers of today to these inputs stay the same classes, winning by at least `margin` logits.
+
+    The driver binds it: the answers are those of the unedited model, in evaluation mode.
+    """
+
+    inputs: Inputs
+    margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_batch(self.inputs, "Kept")
+
+    def violation(self, function: Function) -> Tensor:
+        """Refuse: today's answers are not known before `bind`."""
+        raise InvalidInput("Kept does not know today's answers yet; call kept.bind(model) first (wp.edit does it)")
+
+    def bind(self, function: Function) -> Classified:
+        """Return `Classified` with the classes that `function` answers now."""
+        with torch.no_grad():
+            labels = _logits(function, self.inputs, None).argmax(1)
+        return Classified(self.inputs, labels, self.margin)
+
+
+def check_consistent(constraint: Constraint) -> None:
+    """Raise `ConflictingConstraints` when one input is asked to be two classes, naming the demands."""
+    wanted: dict[bytes, tuple[int, int]] = {}
+    demand = 0
+    for part in _parts(constraint):
+        if not isinstance(part, Classified):
+            continue
+        for row, label in enumerate(part.labels.tolist()):
+            key = b"".join(_bytes_of(leaf[row]) for leaf in leaves(part.inputs))
+            first, other = wanted.setdefault(key, (demand, label))
+            if other != label:
+                raise ConflictingConstraints(
+                    f"demands {first} and {demand} ask the same input to be class {other} and class {label}; drop one of them"
+                )
+            demand += 1
+
+
+def _parts(constraint: Constraint) -> Iterator[Constraint]:
+    if isinstance(constraint, All):
+        for part in constraint.parts:
+            yield from _parts(part)
+    else:
+        yield constraint
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _logits(function: Function, inputs: Inputs, n: int | None) -> Tensor:
+    logits = outputs(function, inputs)
+    if logits.ndim != 2 or logits.shape[1] < 2 or (n is not None and len(logits) != n):
+        raise ShapeMismatch(
+            f"the model returned shape {tuple(logits.shape)}; a class constraint expects logits of shape "
+            f"({n if n is not None else 'n'}, classes) with at least 2 classes"
+        )
+    return logits

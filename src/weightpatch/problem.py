@@ -1,0 +1,58 @@
+"""All that an editor sees of a model, a constraint and what should stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from ._calling import Function, Params
+from .constraints import Constraint
+from .errors import InvalidInput
+from .locality import Locality
+
+__all__ = ["Problem"]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """The parameters that may move, and what is asked of them; built by the driver, read by editors.
+
+    Attributes:
+        start: the unedited parameters by name, float32 or float64.
+        at: the model with other parameters, as a function of inputs; differentiable in them.
+        constraint: what must hold, already bound to today's answers.
+        keep: what should stay, or None.
+    """
+
+    start: Params
+    at: Callable[[Params], Function]
+    constraint: Constraint
+    keep: Locality | None = None
+
+    def violation(self, params: Params) -> Tensor:
+        """Return l_e(params), one number per demand, shape (n,)."""
+        return self.constraint.violation(self.at(params))
+
+    def worst(self, params: Params) -> float:
+        """Return the largest violation; NaN when any demand is NaN."""
+        with torch.no_grad():
+            return float(self.violation(params).max())
+
+    def solved(self, params: Params) -> bool:
+        """Say whether every demand holds."""
+        return self.worst(params) <= 0
+
+    def drift(self, params: Params) -> Tensor:
+        """Return how far predictions move on `keep`, a scalar in nats, differentiable in params."""
+        if self.keep is None:
+            raise InvalidInput("keep_weight needs something to keep; pass keep=wp.Locality(inputs)")
+        return self.keep.drift(self.at(self.start), self.at(params))
+
+    def distance(self, params: Params) -> Tensor:
+        """Return ½ ||params - start||², a scalar."""
+        return 0.5 * torch.stack([(p - self.start[name]).square().sum() for name, p in params.items()]).sum()
