@@ -1,18 +1,19 @@
+# ruff: noqa: N818 - the names say what is wrong; "Error" would add nothing
 """The errors of weightpatch: every one says what was given, what was expected and what to do next.
 
-    WeightpatchError
-    ├── InvalidInput (ValueError)
-    │   ├── ShapeMismatch
-    │   ├── NonFinite
-    │   ├── ConflictingConstraints
-    │   └── NothingToEdit
-    ├── NotEditable (TypeError)
-    ├── PatchError
-    │   ├── PatchDamaged (ValueError)
-    │   ├── BaseMismatch
-    │   └── PatchConflict
-    ├── EditFailed
-    └── MissingExtra (ImportError)
+WeightpatchError
+├── InvalidInput (ValueError)
+│   ├── ShapeMismatch
+│   ├── NonFinite
+│   ├── ConflictingConstraints
+│   └── NothingToEdit
+├── NotEditable (TypeError)
+├── PatchError
+│   ├── PatchDamaged (ValueError)
+│   ├── BaseMismatch
+│   └── PatchConflict
+├── EditFailed
+└── MissingExtra (ImportError)
 """
 
 
