@@ -115,7 +115,7 @@ class Classified(Constraint):
             )
         wanted = logits.gather(1, index).squeeze(1)
         gap = logits.scatter(1, index, -torch.inf).amax(1) - wanted
-        return gap + self.margin + torch.finfo(gap.dtype).tiny * (gap == 0)
+        return gap + self.margin + torch.finfo(gap.dtype).tiny * (gap == 0).to(gap.dtype)
 
 
 @final

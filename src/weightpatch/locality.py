@@ -42,7 +42,7 @@ class Locality:
         The reference `before` is detached: gradient flows through `after` alone.
         """
         with torch.no_grad():
-            reference = outputs(before, self.inputs)
+            reference = outputs(before, self.inputs).detach()
         kl = divergence(reference, outputs(after, self.inputs))
         if self.mask is None:
             return kl.mean()

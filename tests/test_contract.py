@@ -1,0 +1,83 @@
+"""One table: every editor keeps every promise on every kind of model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import weightpatch as wp
+import zoo
+from weightpatch.constraints import Classified
+from weightpatch.editing import Result
+
+EDITORS = (
+    wp.editors.GradientDescent(lr=0.1, max_steps=200),
+    wp.editors.ScaledGradientDescent(lr=0.2, max_steps=200),
+    wp.editors.RProp(lr=0.01, max_steps=200),
+    wp.editors.RMSProp(lr=0.01, max_steps=200),
+    wp.editors.Momentum(lr=0.05, max_steps=200),
+    wp.editors.Adam(lr=0.01, max_steps=200),
+    wp.editors.Shrink(wp.editors.RMSProp(lr=0.02, max_steps=200)),
+    wp.editors.Retry((wp.editors.GradientDescent(lr=1e-9, max_steps=1), wp.editors.Adam(lr=0.01, max_steps=200))),
+)
+
+
+@pytest.fixture(params=EDITORS, ids=lambda editor: type(editor).__name__)
+def editor(request: pytest.FixtureRequest) -> wp.editors.Editor:
+    return request.param
+
+
+def mistake(model: torch.nn.Module, inputs: torch.Tensor, margin: float = 0.1) -> Classified:
+    """Ask for the class that the model now likes second."""
+    with torch.no_grad():
+        second = model.eval()(inputs).float().argsort(1, descending=True)[:, 1]
+    return Classified(inputs, second, margin)
+
+
+def test_every_editor_solves_every_model_and_leaves_it_alone(case: zoo.Case, editor: wp.editors.Editor):
+    model = case.model()
+    fix = mistake(model, case.inputs(1))
+    model.train()  # as a model is in the middle of a training run
+    untouched = zoo.digest(model)
+    found = wp.edit(model, fix, editor, keep=wp.Locality(case.inputs(8)), parameters=case.parameters)
+    assert zoo.digest(model) == untouched
+
+    assert found.result is Result.satisfied, found
+    assert found.steps > 0
+    assert found.violation <= 0
+    assert found.drift is not None
+    assert 0 <= found.drift < 10
+    model.eval()
+    assert not fix.satisfied(model)
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    with found.patch.applied(model):
+        assert fix.satisfied(model)
+        touched = {name for name, value in model.state_dict().items() if not torch.equal(value, kept[name])}
+        assert touched
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+
+
+def test_the_patch_survives_its_file(case: zoo.Case, editor: wp.editors.Editor, tmp_path):
+    model = case.model()
+    fix = mistake(model, case.inputs(1))
+    found = wp.edit(model, fix, editor, parameters=case.parameters).raise_for_result()
+    found.patch.save(tmp_path / "fix.patch.safetensors")
+    patch = wp.Patch.load(tmp_path / "fix.patch.safetensors")
+    fresh = case.model().eval()
+    patch.apply(fresh)
+    assert fix.satisfied(fresh)
+
+
+def test_an_edit_that_holds_already_changes_nothing(case: zoo.Case, editor: wp.editors.Editor):
+    model = case.model().eval()
+    inputs = case.inputs(2)
+    with torch.no_grad():
+        fix = Classified(inputs, model(inputs).float().argmax(1))
+    found = wp.edit(model, fix, editor, keep=wp.Locality(case.inputs(8)), parameters=case.parameters)
+    assert found.result is Result.already_satisfied
+    assert (found.steps, found.drift, len(found.patch.operations)) == (0, 0.0, 0)
+
+
+def test_edits_are_deterministic(case: zoo.Case, editor: wp.editors.Editor):
+    fixes = [wp.edit(m := case.model(), mistake(m, case.inputs(1)), editor, parameters=case.parameters) for _ in range(2)]
+    assert fixes[0].patch.id == fixes[1].patch.id
