@@ -75,6 +75,8 @@ def check_batch(inputs: Inputs, who: str) -> int:
     if n == 0:
         raise InvalidInput(f"{who} was given an empty batch ({describe(inputs)}); expected at least one item on dimension 0")
     for leaf in leaves(inputs):
+        if leaf.device.type == "meta":
+            raise InvalidInput(f"{who} was given inputs on meta ({describe(inputs)}); expected tensors that hold values")
         check_finite_tensor(leaf, f"the inputs of {who}")
     return n
 

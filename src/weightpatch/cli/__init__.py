@@ -1,0 +1,55 @@
+"""The command line: one file a command; torch is imported inside the commands, so that --help is instant."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+
+from ._output import Answer, complain
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 good, 1 a constraint or gate is not met, 2 bad input."""
+    import tyro
+
+    from .apply import apply
+    from .demo import demo
+    from .diff import diff
+    from .doctor import doctor
+    from .edit import edit
+    from .evaluate import evaluate
+    from .inspect import inspect
+    from .revert import revert
+
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if "--version" in arguments:
+        from .._version import __version__
+
+        print(__version__)
+        return 0
+    commands = {f.__name__: f for f in (demo, edit, evaluate, diff, apply, revert, inspect, doctor)}
+    as_json = "--json" in arguments
+    try:
+        answer: Answer = tyro.extras.subcommand_cli_from_dict(
+            commands,
+            prog="weightpatch",
+            description="Fix a neural network's mistake without breaking the rest of it. Exit codes: 0 good, "
+            "1 a constraint or gate is not met, 2 bad input.",
+            args=arguments,
+        )
+    except KeyboardInterrupt:
+        return complain("interrupted; nothing was written", as_json, code=130)
+    except SystemExit as stop:  # tyro's own usage messages
+        return stop.code if isinstance(stop.code, int) else 2
+    except Exception as error:
+        if not isinstance(error, (OSError, ValueError, RuntimeError, TypeError, ImportError, LookupError)):
+            traceback.print_exc()
+        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+        return complain(f"{type(error).__name__}: {error}{notes}", as_json)
+    if as_json:
+        print(json.dumps(answer.facts, indent=2, sort_keys=True))
+    return answer.code

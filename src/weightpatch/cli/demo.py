@@ -1,0 +1,156 @@
+"""`weightpatch demo`: the whole journey on real images with the shipped classifier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._output import Answer, console
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import nn
+
+    from ..editing import Edit
+    from ..editors import Editor
+    from ..evaluation import Report
+    from ..patches import Patch
+    from ..tasks.images import LabelledImages
+
+BLOCK = "layer3.*"
+MARGIN = 0.1
+
+
+def demo(output: Path = Path("demo-output"), edits: int = 100, json: bool = False) -> Answer:
+    """Patch a real mistake of the shipped classifier, show what else changed, save, apply, verify, revert; then measure many.
+
+    Args:
+        output: The folder for the patch, the report and the results.
+        edits: How many real-mistake and how many random-label edits to measure.
+        json: Print facts as JSON alone.
+    """
+    from .. import Locality, compare
+    from .. import edit as run
+    from ..constraints import Classified
+    from ..evaluation import edit_page
+    from ..tasks import images
+
+    out = console(json)
+    output.mkdir(parents=True, exist_ok=True)
+    model, test = images.fashion_classifier(), images.fashion_test()
+    answers = _answers(model, test)
+    mistakes = (answers != test.labels).nonzero().squeeze(1)
+    out.print(f"[bold]1. The model[/] {len(test):,} Fashion-MNIST test images, {len(mistakes)} mistakes: error {len(mistakes) / len(test):.2%}")
+
+    item = _worst(model, test, mistakes)
+    image, label = test.images[item : item + 1], test.labels[item : item + 1]
+    fix, keep = Classified(image, label, MARGIN), Locality(test.images[:512])
+    out.print(f"[bold]2. The mistake[/] test image {item}: a {test.classes[int(label)]}, taken for a {test.classes[int(answers[item])]}")
+    found = run(model, fix, good_default(), keep=keep, parameters=BLOCK).raise_for_result()
+    out.print(f"[bold]3. The patch[/] {found}")
+
+    path = output / f"{item}.patch.safetensors"
+    after = _journey(model, found, fix, path, out)
+    comparison = compare(model, after, (test.images, test.labels))
+    out.print(f"[bold]5. What else changed[/] {comparison}")
+
+    reports = _measure(model, test, edits, output, out)
+    page = edit_page(
+        output / "report.html",
+        model=model,
+        edit=found,
+        constraint=fix,
+        test=(test.images, test.labels),
+        classes=test.classes,
+        tables=tuple(reports.items()),
+    )
+    out.print(f"[bold]7. The report[/] {page}")
+    facts = {
+        "item": item,
+        "result": found.result.name,
+        "steps": found.steps,
+        "patch": str(path),
+        "report": str(page),
+        "comparison": comparison.to_json(),
+        "evaluations": {name: report.to_json() for name, report in reports.items()},
+    }
+    return Answer(facts)
+
+
+def good_default() -> Editor:
+    """Return the editor that the validation split of the table favours, walked back to the smallest step that holds."""
+    from .. import editors
+
+    return editors.Shrink(editors.RMSProp(lr=1e-3, max_steps=50))
+
+
+def _answers(model: nn.Module, test: LabelledImages) -> Any:
+    import torch
+
+    with torch.no_grad():
+        return torch.cat([model(batch).argmax(1) for batch in test.images.split(500)])
+
+
+def _worst(model: nn.Module, test: LabelledImages, mistakes: Any) -> int:
+    """Choose the mistake that the model is surest of."""
+    import torch
+
+    with torch.no_grad():
+        sure = torch.cat([model(batch).softmax(1).amax(1) for batch in test.images[mistakes].split(500)])
+    return int(mistakes[sure.argmax()])
+
+
+def _journey(model: nn.Module, found: Edit, fix: Any, path: Path, out: Console) -> nn.Module:
+    """Save, load, apply and verify on a model of its own; revert and compare digests. Return a patched model."""
+    import copy
+
+    from ..errors import EditFailed
+    from ..patches import Patch, fingerprint
+
+    assert found.patch is not None
+    found.patch.save(path)
+    patch: Patch = Patch.load(path)
+    live = copy.deepcopy(model)
+    before = fingerprint(live)
+    patch.apply(live)
+    if not fix.satisfied(live):
+        raise EditFailed("the loaded patch does not hold on the patched model; please report this")
+    patched = copy.deepcopy(live)
+    patch.revert(live)
+    if fingerprint(live) != before:
+        raise EditFailed("the reverted model differs from the original; please report this")
+    out.print(
+        f"[bold]4. The file[/] {path} ({path.stat().st_size / 1000:.1f} kB): saved, loaded, applied, the constraint verified; "
+        "reverted, bit for bit the original"
+    )
+    return patched
+
+
+def _measure(model: nn.Module, test: LabelledImages, edits: int, output: Path, out: Console) -> dict[str, Report]:
+    """Evaluate real-mistake edits and random-label edits, and print the table."""
+    from rich.table import Table
+
+    from .. import evaluate
+    from ..tasks import images
+    from .evaluate import draw
+
+    reports = {}
+    for name, labels in (("real mistakes", "mistakes"), ("random labels", "random")):
+        reports[name] = evaluate(
+            model,
+            draw(model, test, edits, labels, MARGIN, seed=0),
+            good_default(),
+            test=(test.images, test.labels),
+            parameters=BLOCK,
+            altered=images.altered,
+            results=output / f"{name.replace(' ', '-')}.jsonl",
+        )
+    table = Table(title=f"6. Many edits, one at a time, each measured on {len(test):,} images")
+    columns = [report.table_row() for report in reports.values()]
+    table.add_column("edits")
+    for column in columns[0]:
+        table.add_column(column, justify="right")
+    for name, row in zip(reports, columns, strict=True):
+        table.add_row(name, *row.values())
+    out.print(table)
+    return reports

@@ -1,0 +1,64 @@
+"""`weightpatch diff`: what differs between any two models of one architecture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ._data import SHIPPED
+from ._model import load_model
+from ._output import Answer, console
+from .edit import Reading
+
+
+def diff(
+    a: Annotated[Path, tyro.conf.Positional],
+    b: Annotated[Path, tyro.conf.Positional],
+    model: str,
+    test: str = SHIPPED,
+    report: Path | None = None,
+    max_drawdown: float | None = None,
+    max_broken: int | None = None,
+    reading: Annotated[Reading, tyro.conf.arg(name="")] = Reading(),  # noqa: B008
+    json: bool = False,
+) -> Answer:
+    """Say what differs between two models of one architecture on labelled data, edited or not.
+
+    Args:
+        a: The weights before: .safetensors or .pt.
+        b: The weights after, or a .patch.safetensors file to apply to the weights before.
+        model: The architecture, as package.module:factory.
+        test: Labelled data: fashion-mnist, an .npz file, or a folder.
+        report: Where to write an HTML page, with its numbers as JSON beside it.
+        max_drawdown: A gate: the largest loss of accuracy allowed, in percentage points.
+        max_broken: A gate: the most answers that may turn from right to wrong.
+        reading: How images become tensors.
+        json: Print facts as JSON alone.
+    """
+    from .. import compare
+    from ..evaluation import comparison_page
+    from ..patches import Patch
+
+    out = console(json)
+    before = load_model(model, a)
+    if b.name.endswith(".patch.safetensors"):
+        after = load_model(model, a)
+        Patch.load(b).apply(after)
+    else:
+        after = load_model(model, b)
+    tested = reading.load(test)
+    comparison = compare(before, after, (tested.images, tested.labels))
+    out.print(str(comparison))
+    if report is not None:
+        page = comparison_page(report, comparison, title=f"{a.name} → {b.name}", inputs=tested.images, classes=tested.classes)
+        out.print(f"report   {page}")
+    failed = []
+    if max_drawdown is not None and comparison.drawdown.value > max_drawdown:
+        failed.append(f"drawdown {comparison.drawdown.value:.3f} points is above {max_drawdown:g}")
+    if max_broken is not None and len(comparison.broken) > max_broken:
+        failed.append(f"{len(comparison.broken)} answers broke, more than {max_broken}")
+    for reason in failed:
+        out.print(f"refused  {reason}")
+    return Answer({"comparison": comparison.to_json(), "gates_failed": failed}, 1 if failed else 0)

@@ -1,0 +1,156 @@
+"""`weightpatch edit`: look for a patch that makes a model answer as it should."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from ._data import SHIPPED, class_index, item_index, load_data
+from ._model import load_model
+from ._output import Answer, console
+
+if TYPE_CHECKING:
+    from ..editing import Edit
+    from ..editors import Editor
+    from ..evaluation import Comparison
+    from ..tasks.images import LabelledImages
+
+import tyro
+
+EditorName = Literal["GradientDescent", "ScaledGradientDescent", "RProp", "RMSProp", "Momentum", "Adam"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to look for the edit."""
+
+    parameters: tuple[str, ...] = ("*",)
+    """Which parameters may move: glob patterns of their names."""
+    editor: EditorName = "RMSProp"
+    """The update rule."""
+    lr: float = 1e-3
+    """Its learning rate."""
+    max_steps: int = 50
+    """The most updates made."""
+    keep_weight: float = 0.0
+    """How much KL(before || after) on other images weighs in the loss."""
+    shrink: bool = True
+    """Walk back to the smallest step that still holds."""
+
+    def make(self) -> Editor:
+        """Return the editor."""
+        from .. import editors
+
+        plain = getattr(editors, self.editor)(lr=self.lr, max_steps=self.max_steps, keep_weight=self.keep_weight)
+        return editors.Shrink(plain) if self.shrink else plain
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images become tensors: (pixel / 255 - mean) / std."""
+
+    mean: tuple[float, ...] = (0.0,)
+    """One number, or one a channel."""
+    std: tuple[float, ...] = (1.0,)
+    """One number, or one a channel."""
+    size: int | None = None
+    """Scale the pictures of a folder to this many pixels a side."""
+
+    def load(self, where: str) -> LabelledImages:
+        """Load labelled images from `where`."""
+        return load_data(where, self.mean, self.std, self.size)
+
+
+def edit(
+    model: str,
+    item: tuple[int, ...],
+    label: str | None = None,
+    data: str = SHIPPED,
+    test: str | None = None,
+    weights: Path | None = None,
+    output: Path = Path("edit.patch.safetensors"),
+    report: Path | None = None,
+    margin: float = 0.1,
+    keep: int = 512,
+    max_drawdown: float | None = None,
+    settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),  # noqa: B008
+    reading: Annotated[Reading, tyro.conf.arg(name="")] = Reading(),  # noqa: B008
+    json: bool = False,
+) -> Answer:
+    """Look for a patch that makes the model answer as it should; the model's files are never changed.
+
+    Args:
+        model: The model, as package.module:factory.
+        item: Rows of the data that must become right.
+        label: The class they should have, by name or number; when not given, each item's own label.
+        data: Where the items come from: fashion-mnist, an .npz file, or a folder.
+        test: Labelled images on which to measure what else changes; the data itself when not given.
+        weights: The model's weights, .safetensors or .pt; the factory's own when not given.
+        output: Where the patch is written, when the edit holds.
+        report: Where to write an HTML report.
+        margin: By how much the class must win, in logits.
+        keep: How many other images measure the drift.
+        max_drawdown: A gate: the largest loss of test accuracy allowed, in percentage points.
+        settings: How to look for the edit.
+        reading: How images become tensors.
+        json: Print facts as JSON alone.
+    """
+    import torch
+
+    from .. import Locality, compare
+    from .. import edit as run
+    from ..constraints import Classified
+    from ..editing import Result
+
+    out = console(json)
+    network, images = load_model(model, weights), reading.load(data)
+    tested = images if test is None else reading.load(test)
+    rows = item_index(item, images)
+    wanted = images.labels[rows] if label is None else torch.full_like(rows, class_index(label, images.classes))
+    constraint = Classified(images.images[rows], wanted, margin)
+    others = tested.images[torch.randperm(len(tested), generator=torch.Generator().manual_seed(0))[:keep]]
+    found = run(network, constraint, settings.make(), keep=Locality(others), parameters=settings.parameters)
+    out.print(f"{found}\n{found.result.value}")
+    held = found.result in (Result.satisfied, Result.already_satisfied)
+    if found.patch is None:
+        return Answer(_facts(found), 1)
+    comparison = _compare(network, found, tested, compare)
+    gate = max_drawdown is None or comparison.drawdown.value <= max_drawdown
+    out.print(str(comparison))
+    if report is not None:
+        from ..evaluation import edit_page
+
+        page = edit_page(
+            report, model=network, edit=found, constraint=constraint, test=(tested.images, tested.labels), classes=tested.classes
+        )
+        out.print(f"report   {page}")
+    if held and gate:
+        found.patch.save(output)
+        out.print(f"patch    {output}")
+    elif held:
+        out.print(f"refused  drawdown {comparison.drawdown.value:.3f} points is above the gate of {max_drawdown:g}; no patch written")
+    facts = {**_facts(found), "comparison": comparison.to_json(), "gate": gate, "output": str(output) if held and gate else None}
+    return Answer(facts, 0 if held and gate else 1)
+
+
+def _compare(network: Any, found: Edit, tested: LabelledImages, compare: Any) -> Comparison:
+    import copy
+
+    after = copy.deepcopy(network)
+    assert found.patch is not None
+    found.patch.apply(after)
+    result: Comparison = compare(network, after, (tested.images, tested.labels))
+    return result
+
+
+def _facts(found: Edit) -> dict[str, Any]:
+    return {
+        "result": found.result.name,
+        "advice": found.result.value,
+        "steps": found.steps,
+        "violation": found.violation,
+        "drift": found.drift,
+        "cost": asdict(found.cost),
+        "patch": None if found.patch is None else {"id": found.patch.id, "bytes": found.patch.nbytes},
+    }

@@ -1,0 +1,106 @@
+"""`weightpatch evaluate`: how an editor fares on many mistakes of a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from ._data import SHIPPED
+from ._model import load_model
+from ._output import Answer, console
+from .edit import Reading, Settings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..constraints import Constraint
+    from ..tasks.images import LabelledImages
+
+
+def evaluate(
+    model: str,
+    data: str = SHIPPED,
+    test: str | None = None,
+    weights: Path | None = None,
+    edits: int = 100,
+    labels: Literal["mistakes", "random"] = "mistakes",
+    sequential: bool = False,
+    margin: float = 0.1,
+    seed: int = 0,
+    results: Path | None = None,
+    output: Path | None = None,
+    min_success: float | None = None,
+    settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),  # noqa: B008
+    reading: Annotated[Reading, tyro.conf.arg(name="")] = Reading(),  # noqa: B008
+    json: bool = False,
+) -> Answer:
+    """Measure an editor on many edits of one model: success, drawdown, flips, generality, cost, with intervals.
+
+    Args:
+        model: The model, as package.module:factory.
+        data: Where the edited items come from: fashion-mnist, an .npz file, or a folder.
+        test: Labelled images on which side effects are measured; the data itself when not given.
+        weights: The model's weights, .safetensors or .pt; the factory's own when not given.
+        edits: How many edits.
+        labels: Correct the model's own mistakes, or ask for uniform random labels.
+        sequential: Apply the edits one on another and re-test the earlier ones.
+        margin: By how much the class must win, in logits.
+        seed: Which items and labels are drawn.
+        results: A JSONL file, one line an edit; a killed run continues from it.
+        output: Where to write the summary as JSON.
+        min_success: A gate: the least share of edits that must hold, from 0 to 1.
+        settings: How to look for the edits.
+        reading: How images become tensors.
+        json: Print facts as JSON alone.
+    """
+    from .. import evaluate as run
+    from ..evaluation import Independent, Sequential
+    from ..tasks import images
+
+    network, source = load_model(model, weights), reading.load(data)
+    tested = source if test is None else reading.load(test)
+    report = run(
+        network,
+        draw(network, source, edits, labels, margin, seed),
+        settings.make(),
+        test=(tested.images, tested.labels),
+        parameters=settings.parameters,
+        altered=images.altered,
+        protocol=Sequential() if sequential else Independent(),
+        results=results,
+        progress=not json,
+    )
+    out = console(json)
+    out.print(report)
+    if output is not None:
+        report.save(output)
+    good = min_success is None or report.summary.success.value >= min_success
+    if not good:
+        out.print(f"refused  success {report.summary.success.value:.3f} is below {min_success:g}")
+    return Answer(report.to_json(), 0 if good else 1)
+
+
+def draw(
+    model: nn.Module, data: LabelledImages, n: int, labels: Literal["mistakes", "random"], margin: float, seed: int
+) -> list[Constraint]:
+    """Draw n edits: items that the model gets wrong, with their true labels, or any items, with uniform random labels."""
+    import torch
+
+    from ..constraints import Classified
+    from ..errors import InvalidInput
+
+    generator = torch.Generator().manual_seed(seed)
+    if labels == "random":
+        rows = torch.randperm(len(data), generator=generator)[:n]
+        wanted = torch.randint(0, len(data.classes), (len(rows),), generator=generator)
+    else:
+        with torch.no_grad():
+            answers = torch.cat([model(batch).argmax(1) for batch in data.images.split(256)])
+        wrong = (answers != data.labels).nonzero().squeeze(1)
+        rows = wrong[torch.randperm(len(wrong), generator=generator)[:n]]
+        wanted = data.labels[rows]
+    if not len(rows):
+        raise InvalidInput("there is nothing to edit: the model makes no mistake on this data; try --labels random")
+    return [Classified(data.images[i : i + 1], y[None], margin) for i, y in zip(rows.tolist(), wanted, strict=True)]
