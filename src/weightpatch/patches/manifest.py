@@ -1,0 +1,146 @@
+"""What a patch says about itself: the manifest, checked field by field; needs no torch."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from math import isfinite
+from typing import Any
+
+from ..errors import InvalidInput, PatchDamaged
+
+FORMAT = "weightpatch-patch/1"
+LIMIT = 10_000  # tensors in a patch, and patches that one may require
+PARTS = {"full": ("values",), "lowrank": ("left", "right"), "rows": ("index", "values"), "sparse": ("index", "values")}
+CODES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+
+Scalar = str | int | float | bool
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_LARGEST = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One changed tensor: its name, the kind of operation, and the SHA-256 of its values before and after."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+    pre: str
+    post: str
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        _check(isinstance(self.kind, str) and self.kind in PARTS, "kind", self.kind, f"one of {', '.join(PARTS)}")
+        _check(isinstance(self.dtype, str) and self.dtype in CODES, "dtype", self.dtype, f"one of {', '.join(CODES)}")
+        _check(isinstance(self.shape, tuple) and len(self.shape) <= 16, "shape", self.shape, "a tuple of <= 16 sizes")
+        for size in self.shape:
+            _check(type(size) is int and 0 < size <= _LARGEST, "shape", self.shape, "positive integers")
+        _check_digest("pre", self.pre)
+        _check_digest("post", self.post)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Which base a patch changes, after which patches, made how, and tensor by tensor what it does."""
+
+    base: str
+    requires: tuple[str, ...] = ()
+    editor: str = ""
+    constraint: str = ""
+    settings: Mapping[str, Scalar] = field(default_factory=dict)
+    metrics: Mapping[str, Scalar] = field(default_factory=dict)
+    versions: Mapping[str, Scalar] = field(default_factory=dict)
+    tensors: tuple[Entry, ...] = ()
+    format: str = FORMAT
+
+    def __post_init__(self) -> None:
+        _check(self.format == FORMAT, "format", self.format, f"{FORMAT}; a newer weightpatch may read it")
+        _check_digest("base", self.base)
+        _check(isinstance(self.requires, tuple) and len(self.requires) <= LIMIT, "requires", self.requires, "a tuple")
+        for required in self.requires:
+            _check_digest("requires", required)
+        _check(_rising(self.requires), "requires", self.requires, "each id once, in rising order")
+        for name in ("editor", "constraint"):
+            _check_text(name, getattr(self, name))
+        for name in ("settings", "metrics", "versions"):
+            _check_scalars(name, getattr(self, name))
+        _check(isinstance(self.tensors, tuple) and len(self.tensors) <= LIMIT, "tensors", "...", f"at most {LIMIT}")
+        names = [entry.name for entry in self.tensors]
+        _check(_rising(names), "tensors", names, "each name once, in rising order")
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as plain dicts, lists and scalars."""
+        plain = {name: getattr(self, name) for name in _MANIFEST}
+        plain |= {name: dict(plain[name]) for name in ("settings", "metrics", "versions")}
+        tensors = [{name: getattr(e, name) for name in _ENTRY} | {"shape": list(e.shape)} for e in self.tensors]
+        return plain | {"requires": list(self.requires), "tensors": tensors}
+
+    @classmethod
+    def from_json(cls, plain: object) -> "Manifest":
+        """The manifest of `to_json`; anything else is `PatchDamaged`."""
+        try:
+            fields = _fields(plain, _MANIFEST, "the manifest")
+            fields["requires"] = _tuple(fields["requires"], "requires")
+            entries = [_fields(item, _ENTRY, "a tensor's entry") for item in _tuple(fields["tensors"], "tensors")]
+            fields["tensors"] = tuple(Entry(**entry | {"shape": _tuple(entry["shape"], "shape")}) for entry in entries)
+            return cls(**fields)
+        except InvalidInput as error:
+            raise PatchDamaged(f"not a patch: {error}") from None
+
+
+_MANIFEST = tuple(Manifest.__dataclass_fields__)
+_ENTRY = tuple(Entry.__dataclass_fields__)
+
+
+def check_name(name: object) -> None:
+    """Refuse (`InvalidInput`) what no parameter is called: path-like, unprintable or very long names."""
+    fine = isinstance(name, str) and 0 < len(name) <= 256 and name.isprintable() and not re.search(r"[/\\]", name)
+    wanted = "1 to 256 printable characters, dots between non-empty parts, no slash"
+    _check(fine and all(str(name).split(".")), "tensor name", name, wanted)
+
+
+def _check(fine: bool, what: str, given: object, wanted: str) -> None:
+    if not fine:
+        raise InvalidInput(f"{what} is {repr(given)[:300]}; expected {wanted}")
+
+
+def _check_digest(what: str, value: object) -> None:
+    fine = isinstance(value, str) and _DIGEST.fullmatch(value) is not None
+    _check(fine, what, value, "a SHA-256 as 64 lower-case hex digits")
+
+
+def _check_text(what: str, value: object) -> None:
+    # Control characters could drive the terminal that shows them
+    fine = isinstance(value, str) and all(c.isprintable() or c in "\n\t" for c in value)
+    _check(fine, what, value, "printable text")
+
+
+def _check_scalars(what: str, values: object) -> None:
+    _check(isinstance(values, Mapping), what, values, "a mapping of names to numbers or text")
+    assert isinstance(values, Mapping)
+    for key, value in values.items():
+        _check_text(f"a name in {what}", key)
+        if isinstance(value, str):
+            _check_text(f"{what}[{key!r}]", value)
+        else:
+            number = abs(value) <= _LARGEST if isinstance(value, int) else isinstance(value, float) and isfinite(value)
+            _check(number, f"{what}[{key!r}]", value, "a finite number or text")
+
+
+def _rising(values: list[str] | tuple[str, ...]) -> bool:
+    return all(a < b for a, b in pairwise(values))
+
+
+def _fields(plain: object, names: tuple[str, ...], what: str) -> dict[str, Any]:
+    if not isinstance(plain, dict) or set(plain) != set(names):
+        raise InvalidInput(f"{what} has the fields {sorted(plain) if isinstance(plain, dict) else plain!r}"[:300])
+    return dict(plain)
+
+
+def _tuple(values: object, what: str) -> tuple[Any, ...]:
+    _check(isinstance(values, list), what, values, "a list")
+    assert isinstance(values, list)
+    return tuple(values)

@@ -1,0 +1,186 @@
+"""Patch: a change of named weights as a value that can be saved, applied and reverted."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .._version import __version__
+from ..errors import BaseMismatch, InvalidInput
+from . import applying, files
+from .format import Array, Content, encode, parse, read
+from .hashing import as_bytes, digest
+from .manifest import CODES, PARTS, Entry, Manifest, Scalar
+from .operations import INDEX, Full, LowRank, Operation, Rows, Sparse
+from .operations import encode as encode_operation
+
+M = TypeVar("M", bound=nn.Module)
+
+_TYPES = INDEX | {code: getattr(torch, name) for name, code in CODES.items()}
+_CODES = {dtype: code for code, dtype in _TYPES.items()}
+_KINDS = {kind.kind: kind for kind in (Full, LowRank, Rows, Sparse)}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Patch:
+    """What an edit changed: operations on named tensors, and a manifest that says of which weights, and how made.
+
+    A patch is a value: equal content gives the same `id`, the same bytes and `==`. Its tensors are not to be written.
+    """
+
+    operations: Mapping[str, Operation]
+    manifest: Manifest
+
+    @classmethod
+    def between(
+        cls,
+        base: Mapping[str, Tensor],
+        new: Mapping[str, Tensor],
+        *,
+        fingerprint: str,
+        requires: tuple[str, ...] = (),
+        editor: str = "",
+        constraint: str = "",
+        settings: Mapping[str, Scalar] | None = None,
+        metrics: Mapping[str, Scalar] | None = None,
+        exact: bool = False,
+    ) -> "Patch":
+        """The patch that makes the tensors `new` of the tensors `base`; the names may be some of the model's only.
+
+        `fingerprint` is the `base_fingerprint` of the model, `requires` the ids of the patches that are applied to it.
+        Unchanged tensors are left out. Without `exact`, a tensor may be stored by its low-rank difference and then
+        differ from `new` by rounding steps: `result` gives the weights as they will be. Raises `InvalidInput`
+        (`ShapeMismatch`, `NonFinite`) and `NotEditable`.
+        """
+        if unknown := sorted(new.keys() - base.keys()):
+            raise InvalidInput(f"new has tensors that base lacks: {unknown[:8]}; give both under the same names")
+        found = {name: encode_operation(base[name], new[name], exact=exact) for name in sorted(new)}
+        operations = {name: operation for name, operation in found.items() if operation is not None}
+        entries = tuple(_entry(name, base[name], operation) for name, operation in operations.items())
+        manifest = Manifest(
+            fingerprint,
+            tuple(sorted(set(requires))),
+            editor,
+            constraint,
+            dict(settings or {}),
+            dict(metrics or {}),
+            {"weightpatch": __version__, "torch": torch.__version__},
+            entries,
+        )
+        patch = cls(operations, manifest)
+        parse(patch.to_bytes())
+        return patch
+
+    @cached_property
+    def id(self) -> str:
+        """The SHA-256 of the content, 64 hex digits."""
+        return encode(self._content)[0]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the tensors that the patch holds; its file adds a header."""
+        return sum(operation.nbytes for operation in self.operations.values())
+
+    def result(self, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The changed tensors, on the CPU, as the patch leaves them where it is applied to those it was made for.
+
+        Raises `BaseMismatch` for other tensors.
+        """
+        for entry in self.manifest.tensors:
+            if entry.name not in base or digest(base[entry.name]) != entry.pre:
+                raise BaseMismatch(f"patch {self.id[:12]} was made for another {entry.name!r}; give the one it saw")
+        return {name: operation.on(base[name].detach().cpu()) for name, operation in self.operations.items()}
+
+    def apply(self, model: nn.Module) -> None:
+        """Write the patch into the model's parameters, in place.
+
+        The model then holds what `revert` needs. Raises, with the model untouched, `BaseMismatch` where these are not
+        the weights that the patch was made for, `PatchConflict` where it is applied already or one that it requires is
+        not, `NotEditable` for weights that cannot be read.
+        """
+        applying.apply(model, self)
+
+    def revert(self, model: nn.Module) -> None:
+        """Take the patch off the model, in place; without its last patch the weights are the base's, bit for bit.
+
+        Raises, with the model untouched, `PatchConflict` where the patch is not applied or another one requires it, and
+        `BaseMismatch` where the weights have changed since.
+        """
+        applying.revert(model, self)
+
+    @contextmanager
+    def applied(self, model: M) -> Iterator[M]:
+        """The model with the patch, inside of a `with` block."""
+        self.apply(model)
+        try:
+            yield model
+        finally:
+            self.revert(model)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the patch to a file, whole or not at all; by habit NAME.patch.safetensors. Raises `PatchError`."""
+        files.write(path, encode(self._content)[1])
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Patch":
+        """Read a patch; raises `PatchDamaged` for whatever is not one intact, `PatchError` for unreadable files."""
+        return cls._of(read(path))
+
+    def to_bytes(self) -> bytes:
+        """The bytes of the patch's file."""
+        return b"".join(encode(self._content)[1])
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Patch":
+        """The patch of a file's bytes; raises `PatchDamaged`."""
+        return cls._of(parse(bytearray(data)))
+
+    @property
+    def _content(self) -> Content:
+        arrays = {}
+        for number, name in enumerate(sorted(self.operations)):
+            for part, tensor in self.operations[name].parts.items():
+                arrays[f"{number:04}.{part}"] = Array(_CODES[tensor.dtype], tuple(tensor.shape), as_bytes(tensor))
+        return Content(self.manifest, arrays)
+
+    @classmethod
+    def _of(cls, content: Content) -> "Patch":
+        operations: dict[str, Operation] = {}
+        for number, entry in enumerate(content.manifest.tensors):
+            parts = {part: _tensor(content.arrays[f"{number:04}.{part}"]) for part in PARTS[entry.kind]}
+            operations[entry.name] = _KINDS[entry.kind](**parts)
+        return cls(operations, content.manifest)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Patch) and self.id == other.id
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Patch":
+        return self  # a value: models that are copied share it
+
+    def __repr__(self) -> str:
+        count = len(self.operations)
+        return f"<Patch {self.id[:12]}: {count} tensor{'s' * (count != 1)}, {self.nbytes} bytes>"
+
+
+def applied(model: nn.Module) -> tuple[Patch, ...]:
+    """The patches on the model, in canonical order: each after those that it requires, otherwise by id."""
+    state = applying.state_of(model)
+    return tuple(layer for layer in state.layers if isinstance(layer, Patch)) if state else ()
+
+
+def _entry(name: str, base: Tensor, operation: Operation) -> Entry:
+    base = base.detach().cpu()
+    dtype = str(base.dtype).removeprefix("torch.")
+    return Entry(name, operation.kind, tuple(base.shape), dtype, digest(base), digest(operation.on(base)))
+
+
+def _tensor(array: Array) -> Tensor:
+    return torch.frombuffer(array.data, dtype=_TYPES[array.code]).reshape(array.shape)
