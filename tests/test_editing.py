@@ -73,7 +73,7 @@ def test_weight_decay_pulls_to_the_start():
 
     def moved(found: wp.Edit) -> float:
         base = {n: p.detach() for n, p in model.named_parameters()}
-        return sum(float((p - base[n]).square().sum()) for n, p in found.patch.compose(base).items())
+        return sum(float((p - base[n]).square().sum()) for n, p in found.patch.result(base).items())
 
     assert moved(near) < 0.5 * moved(far)
 
@@ -94,7 +94,7 @@ def test_shrink_finds_the_smallest_step_that_holds():
     assert small.drift < full.drift
     base = {n: p.detach() for n, p in model.named_parameters()}
     with torch.no_grad():
-        for name, value in small.patch.compose(base).items():
+        for name, value in small.patch.result(base).items():
             model.get_parameter(name).copy_(torch.lerp(base[name].clone(), value, 0.995))
     assert not fix.satisfied(model)
 

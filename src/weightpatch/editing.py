@@ -18,7 +18,7 @@ from .editors import Editor, RMSProp, Shrink
 from .errors import EditFailed, InvalidInput, NonFinite, ShapeMismatch
 from .locality import Locality
 from .network import Network, check_finite
-from .patches import Patch, applied, fingerprint
+from .patches import Patch, applied, base_fingerprint
 from .problem import Problem
 
 __all__ = ["Edit", "Result", "Solved", "edit", "solve"]
@@ -212,7 +212,7 @@ def _patch(
         return None, solved
     base = network.rounded(network.start)
     facts: dict[str, Any] = {
-        "fingerprint": fingerprint(model),
+        "fingerprint": base_fingerprint(model),
         "requires": tuple(patch.id for patch in applied(model)),
         "editor": repr(editor),
         "constraint": solved.constraint.kind,
@@ -223,7 +223,7 @@ def _patch(
         if graded.drift is not None:
             metrics["drift"] = graded.drift
         patch = Patch.between(base, solved.params, metrics=metrics, exact=exact, **facts)
-        composed = {**base, **patch.compose(base)}
+        composed = {**base, **{name: value.to(network.device) for name, value in patch.result(base).items()}}
         if all(torch.equal(composed[name], value) for name, value in solved.params.items()):
             break
         with network.isolated():
