@@ -115,8 +115,8 @@ def encode(base: Tensor, new: Tensor, *, exact: bool = False) -> Operation | Non
     """The operation with the fewest bytes that makes `new` of `base`; None where they agree in every bit.
 
     All but `LowRank` reproduce `new` bit for bit. `LowRank` is taken where the composed weights are as good as `new`, a
-    few rounding steps away at most (`lowrank.within`), or, with `exact`, where they equal it in every bit. Raises `ShapeMismatch`, `NonFinite`, or `NotEditable` for a type other
-    than float16, bfloat16, float32 and float64.
+    few rounding steps away at most (`lowrank.within`), or, with `exact`, where they equal it in every bit. Raises
+    `ShapeMismatch`, `NonFinite`, or `NotEditable` for types other than float16, bfloat16, float32 and float64.
     """
     _check(base, new)
     base, new = (t.detach().cpu().contiguous() for t in (base, new))
