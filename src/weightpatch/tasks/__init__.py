@@ -1,0 +1,1 @@
+"""What weightpatch is measured and demonstrated on: data, models and thin adapters, one package a kind of task."""
