@@ -71,9 +71,9 @@ def test_rotation_keeps_shapes_round_in_wide_images() -> None:
 def test_rotation_is_a_rotation_in_wide_images() -> None:
     rows, columns = torch.meshgrid(torch.arange(41.0) - 20, torch.arange(81.0) - 40, indexing="ij")
     angle = math.radians(20)
-    spot = torch.exp(-(rows**2 + (columns - 12) ** 2) / 18)[None, None]
+    spot = torch.exp(-(rows**2 + (columns - 12) ** 2) / 50)[None, None]
     # counter-clockwise on a screen whose rows go down
-    expected = torch.exp(-((rows + 12 * math.sin(angle)) ** 2 + (columns - 12 * math.cos(angle)) ** 2) / 18)[None, None]
+    expected = torch.exp(-((rows + 12 * math.sin(angle)) ** 2 + (columns - 12 * math.cos(angle)) ** 2) / 50)[None, None]
     torch.testing.assert_close(rotations(spot, (20.0,)), expected, rtol=0, atol=0.02)
 
 
