@@ -1,0 +1,215 @@
+"""The command line as its users meet it: what is printed, what is written, and the exit codes 0, 1 and 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from weightpatch.cli import main
+from weightpatch.tasks import images
+
+MODEL = "weightpatch.tasks.images:fashion_classifier"
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def mistake() -> int:
+    test, model = images.fashion_test()[:500], images.fashion_classifier()
+    with torch.no_grad():
+        return int((model(test.images).argmax(1) != test.labels).nonzero()[0])
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """The first 300 test images, already normalised numbers as an .npz of bytes."""
+    import numpy as np
+
+    test = images.fashion_test()[:300]
+    pixels = ((test.images * 0.3530 + 0.2860) * 255).round().to(torch.uint8).squeeze(1).numpy()
+    np.savez(tmp_path / "small.npz", images=pixels, labels=test.labels.numpy())
+    return tmp_path / "small.npz"
+
+
+def reading(path: Path) -> list[str]:
+    return ["--data", str(path), "--mean", "0.2860", "--std", "0.3530"]
+
+
+def run(*words: str, capsys: pytest.CaptureFixture[str] | None = None) -> tuple[int, dict]:
+    code = main([*words, "--json"])
+    return code, json.loads(capsys.readouterr().out) if capsys else {}
+
+
+def edit(small: Path, item: int, *words: str) -> list[str]:
+    return ["edit", "--model", MODEL, *reading(small), "--item", str(item), "--parameters", "layer3.*", *words]
+
+
+@pytest.fixture
+def wrong(small: Path) -> int:
+    test, model = images.fashion_test()[:300], images.fashion_classifier()
+    with torch.no_grad():
+        return int((model(test.images).argmax(1) != test.labels).nonzero()[0])
+
+
+def test_help_is_instant_and_torch_is_not_imported():
+    code = "import sys; from weightpatch.cli import main; c = main(['--help']); assert 'torch' not in sys.modules; sys.exit(c)"
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - started)
+        assert done.returncode == 0, done.stderr
+    for command in ("demo", "edit", "evaluate", "diff", "apply", "revert", "inspect", "doctor"):
+        assert command in done.stdout
+    assert min(seconds) < 1.0  # the aim is 0.3 s; a loaded machine gets slack, an import of torch would take more
+
+
+@pytest.mark.parametrize("command", ["demo", "edit", "evaluate", "diff", "apply", "revert", "inspect", "doctor"])
+def test_every_command_explains_itself(command: str, capsys):
+    assert main([command, "--help"]) == 0
+    assert "--json" in capsys.readouterr().out
+
+
+def test_the_journey(small: Path, wrong: int, capsys, tmp_path: Path):
+    code, facts = run(*edit(small, wrong, "--output", "fix.patch.safetensors", "--report", "fix.html"), capsys=capsys)
+    assert (code, facts["result"]) == (0, "satisfied")
+    assert Path("fix.html").exists()
+    save_file(images.fashion_classifier().state_dict(), "base.safetensors")
+
+    code, facts = run("inspect", "fix.patch.safetensors", capsys=capsys)
+    assert code == 0
+    assert all(tensor["name"].startswith("layer3.") for tensor in facts["tensors"])
+    code, _ = run("apply", "fix.patch.safetensors", "--weights", "base.safetensors", "--output", "patched.safetensors", capsys=capsys)
+    assert code == 0
+    base, patched = load_file("base.safetensors"), load_file("patched.safetensors")
+    assert {name for name in base if not torch.equal(base[name], patched[name])} <= {n for n in base if n.startswith("layer3.")}
+    model = images.fashion_classifier()
+    model.load_state_dict(patched)
+    test = images.fashion_test()[:300]
+    assert int(model(test.images[wrong : wrong + 1]).argmax()) == int(test.labels[wrong])
+
+    where = ["--model", MODEL, "--test", str(small), "--mean", "0.2860", "--std", "0.3530"]
+    code, facts = run("diff", "base.safetensors", "patched.safetensors", *where, "--report", "diff.html", capsys=capsys)
+    assert code == 0
+    assert Path("diff.html").exists()
+    code, same = run("diff", "base.safetensors", "fix.patch.safetensors", *where, capsys=capsys)
+    assert same["comparison"] == facts["comparison"]
+    code, _ = run("diff", "patched.safetensors", "base.safetensors", *where, "--max-broken", "0", capsys=capsys)
+    assert code == 1
+    code, _ = run("revert", "fix.patch.safetensors", "--weights", "patched.safetensors", "--output", "again.safetensors", capsys=capsys)
+    assert code == 0
+    again = load_file("again.safetensors")
+    assert all(torch.equal(base[name], again[name]) for name in base)
+
+
+def test_a_constraint_that_is_not_met_gives_1_and_no_patch(small: Path, wrong: int, capsys):
+    code, facts = run(*edit(small, wrong, "--margin", "1e6", "--max-steps", "2"), capsys=capsys)
+    assert (code, facts["result"]) == (1, "unsatisfied")
+    assert not Path("edit.patch.safetensors").exists()
+
+
+def test_a_gate_that_is_not_met_gives_1_and_no_patch(small: Path, wrong: int, capsys):
+    words = edit(small, wrong, "--label", "0", "--editor", "RProp", "--lr", "0.1", "--no-shrink", "--max-drawdown", "-99")
+    code, facts = run(*words, capsys=capsys)
+    assert code == 1
+    assert facts["gate"] is False
+    assert not Path("edit.patch.safetensors").exists()
+
+
+def test_evaluate_continues_and_gates(small: Path, capsys):
+    words = ["evaluate", "--model", MODEL, *reading(small), "--edits", "4", "--labels", "random", "--parameters", "fc.*"]
+    code, facts = run(*words, "--results", "r.jsonl", "--output", "summary.json", "--lr", "0.01", capsys=capsys)
+    assert code == 0
+    lines = Path("r.jsonl").read_text().splitlines()
+    assert len(lines) == 5
+    code, again = run(*words, "--results", "r.jsonl", "--lr", "0.01", capsys=capsys)
+    assert Path("r.jsonl").read_text().splitlines() == lines
+    assert again == facts
+    code, _ = run(*words, "--min-success", "1.1", capsys=capsys)
+    assert code == 1
+
+
+def test_doctor_says_what_can_be_edited(capsys):
+    code, facts = run("doctor", "--model", MODEL, "--parameters", "fc.*", capsys=capsys)
+    assert code == 0
+    assert [row["name"] for row in facts["parameters"]] == ["fc.weight", "fc.bias"]
+    assert all(row["editable"] for row in facts["parameters"])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["doctor", "--model", "nothing"], "package.module:factory"),
+        (["doctor", "--model", "json:nothing"], "could not be imported"),
+        (["doctor", "--model", "json:JSONDecoder"], "expected a torch.nn.Module"),
+        (["doctor", "--model", MODEL, "--weights", "absent.pt"], "is not a file"),
+        (["edit", "--model", MODEL, "--item", "99999"], "rows from 0 to 9999"),
+        (["edit", "--model", MODEL, "--item", "1", "--label", "Hat"], "Ankle boot"),
+        (["edit", "--model", MODEL, "--item", "1", "--data", "absent"], "does not exist"),
+        (["edit", "--model", MODEL, "--item", "1", "--label", "3", "--parameters", "layr3.*"], "layer3"),
+        (["inspect", "absent.patch.safetensors"], "absent"),
+    ],
+)
+def test_bad_input_gives_2_and_says_why(words: list[str], says: str, capsys):
+    assert main(words) == 2
+    assert says in capsys.readouterr().err
+    code, facts = run(*words, capsys=capsys)
+    assert code == 2
+    assert says in facts["error"]
+
+
+def test_usage_errors_give_2(capsys):
+    assert main(["edit"]) == 2
+    assert main(["nothing"]) == 2
+
+
+class Code:
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+def test_weights_that_would_run_code_are_refused(capsys):
+    torch.save({"fc.weight": Code()}, "evil.pt")
+    assert main(["doctor", "--model", MODEL, "--weights", "evil.pt"]) == 2
+    assert "evil.pt" in capsys.readouterr().err
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.pth", "w.safetensors"])
+def test_weights_load_from_every_kind_of_file(name: str, capsys):
+    state = images.fashion_classifier().state_dict()
+    if name.endswith(".safetensors"):
+        save_file(state, name)
+    else:
+        torch.save(state, name)
+    _, plain = run("doctor", "--model", MODEL, capsys=capsys)
+    _, loaded = run("doctor", "--model", MODEL, "--weights", name, capsys=capsys)
+    assert plain["fingerprint"] == loaded["fingerprint"]
+
+
+def test_weights_that_do_not_fit_are_refused(capsys):
+    save_file({"fc.weight": torch.zeros(2)}, "other.safetensors")
+    assert main(["doctor", "--model", MODEL, "--weights", "other.safetensors"]) == 2
+    assert "does not fit the model" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_demo_does_the_whole_journey(capsys, tmp_path: Path):
+    code, facts = run("demo", "--edits", "5", "--output", "out", capsys=capsys)
+    assert code == 0
+    assert Path(facts["patch"]).exists()
+    page = Path(facts["report"]).read_text()
+    assert "<html" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert set(facts["evaluations"]) == {"real mistakes", "random labels"}
