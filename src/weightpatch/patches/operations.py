@@ -136,7 +136,7 @@ def encode(base: Tensor, new: Tensor, *, exact: bool = False) -> Operation | Non
 def _smallest_exact(new: Tensor, changed: Tensor) -> Operation:
     size, total = new.element_size(), new.numel()
     best, least = "full", total * size
-    if new.ndim:
+    if new.ndim > 1:
         rows = changed.reshape(len(new), -1).any(1)
         count = int(rows.sum())
         if (cost := count * (size * prod(new.shape[1:]) + _index(len(new)).itemsize)) < least:

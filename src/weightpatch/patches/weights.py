@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load as load_bytes
 from torch import Tensor
 
@@ -84,7 +84,7 @@ def load_weights(path: str | os.PathLike[str]) -> Weights:
     path = Path(path)
     try:
         tensors, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_torch(path), {})
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+    except Exception as error:  # each reader has its own kinds
         raise PatchError(f"cannot read the weights in {path}: {error}") from error
     record = metadata.pop(KEY, None)
     return Weights(tensors, None, metadata) if record is None else _restored(path, tensors, metadata, record)
