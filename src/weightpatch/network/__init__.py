@@ -1,0 +1,18 @@
+"""What is done to a user's network without touching it: a structural clone, a choice of parameters, replay."""
+
+from .clone import structural_clone
+from .isolation import preserved_rng
+from .network import Network
+from .passes import Recording
+from .scope import ParameterRow, check_finite, explain, select
+
+__all__ = [
+    "Network",
+    "ParameterRow",
+    "Recording",
+    "check_finite",
+    "explain",
+    "preserved_rng",
+    "select",
+    "structural_clone",
+]

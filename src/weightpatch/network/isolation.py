@@ -1,0 +1,96 @@
+"""What surrounds every pass: random generators, inference mode and kernels are as they were afterwards."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["differentiable_kernels", "isolated", "preserved_rng"]
+
+
+@dataclass(frozen=True, eq=False)
+class Noise:
+    """The states of the random generators of torch (CPU and one accelerator), Python and numpy."""
+
+    cpu: Tensor
+    python: Any
+    numpy: Any
+    device: torch.device | None
+    accelerator: Tensor | None
+
+    @staticmethod
+    def now(device: torch.device | None = None) -> Noise:
+        """Read the states."""
+        on_chip = device is not None and device.type not in ("cpu", "meta")
+        state = torch.get_device_module(device).get_rng_state(device) if on_chip else None
+        chip = device if on_chip else None
+        return Noise(torch.get_rng_state(), random.getstate(), np.random.get_state(), chip, state)
+
+    def restore(self) -> None:
+        """Write the states back."""
+        torch.set_rng_state(self.cpu)
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        if self.accelerator is not None:
+            torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
+
+    def same(self, other: Noise) -> bool:
+        """Say whether no generator has moved between the two."""
+        pairs = ((self.cpu, other.cpu), (self.accelerator, other.accelerator))
+        return (
+            all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
+            and self.python == other.python
+            and all(np.array_equal(a, b) for a, b in zip(self.numpy, other.numpy, strict=True))
+        )
+
+
+@contextmanager
+def preserved_rng(device: torch.device | None = None) -> Iterator[Noise]:
+    """Put the random generators of torch (CPU and this accelerator), Python and numpy back as they were."""
+    noise = Noise.now(device)
+    try:
+        yield noise
+    finally:
+        noise.restore()
+
+
+_depth = 0
+_was_enabled = True
+_lock = threading.Lock()
+
+
+@contextmanager
+def differentiable_kernels() -> Iterator[None]:
+    """Switch off the fused attention kernels of eval mode that torch uses only where no gradient is needed.
+
+    They round differently and zero padded positions, so that an edit which changes nothing would seem to change
+    something. The answers compared are therefore those of the kernels that training and fine-tuning use.
+    """
+    global _depth, _was_enabled
+    with _lock:
+        _depth += 1
+        if _depth == 1:
+            _was_enabled = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        with _lock:
+            _depth -= 1
+            if _depth == 0:
+                torch.backends.mha.set_fastpath_enabled(_was_enabled)
+
+
+@contextmanager
+def isolated(device: torch.device | None = None) -> Iterator[None]:
+    """Run with gradients, outside inference mode, and leave the random generators as they were."""
+    with preserved_rng(device), torch.inference_mode(False), torch.enable_grad(), differentiable_kernels():
+        yield
