@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .probe import ESCAPES, Event
-from .tree import PLAIN, flatten, tensors_in
+from .tree import PLAIN, flatten_call, tensors_in
 
 __all__ = ["CheckReplay", "Diverged", "Flow", "Plan", "Record", "Recording", "Replay", "plan_of", "without_dead"]
 
@@ -173,9 +173,8 @@ class Record:
         return self.recording
 
     def _arguments(self, name: str, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-        tensors: list[Tensor] = []
-        rest: list[Any] = []
-        if not flatten((args, kwargs), tensors, rest) or any(tensor.requires_grad for tensor in tensors):
+        tensors, rest, known = flatten_call(args, kwargs)
+        if not known or any(tensor.requires_grad for tensor in tensors):
             raise Diverged(f"{name} is given something that may depend on the edit")
         made = Arguments(tuple(map(self._source, tensors)), tuple((t.shape, t.dtype) for t in tensors), rest)
         if len(self.plan.arguments) == index:
@@ -282,9 +281,8 @@ class Replay:
             raise Diverged("a recorded output was changed in place")
 
     def _recall(self, name: str, call: Recorded, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        tensors: list[Tensor] = []
-        rest: list[Any] = []
-        if not flatten((args, kwargs), tensors, rest) or not self._as_recorded(call.arguments, tensors, rest):
+        tensors, rest, known = flatten_call(args, kwargs)
+        if not known or not self._as_recorded(call.arguments, tensors, rest):
             raise Diverged(f"{name} is given other arguments")
         leaves: Sequence[Tensor] = call.leaves
         if call.copies:
@@ -325,8 +323,7 @@ class CheckReplay(Replay):
         assert plan is not None
         changed = plan.mutated[len(self._handed) - 1]
         if changed:
-            tensors: list[Tensor] = []
-            flatten((args, kwargs), tensors, [])
+            tensors, _, _ = flatten_call(args, kwargs)
             for position in changed:
                 spoilt = tensors[position]
                 with torch.no_grad(), self.flow.paused():

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .state import Place, unchanged, watch
-from .tree import flatten, leaves_of, tensors_in
+from .tree import flatten_call, leaves_of, tensors_in
 
 __all__ = ["Event", "Probe", "WriteGuard", "WritesParameter"]
 
@@ -60,16 +60,14 @@ class Probe(TorchFunctionMode):
         event, index = Event(name), len(self.events)
         self.events.append(event)
         self._quiet = True
-        given: list[Tensor] = []
-        rest: list[Any] = []
-        known = flatten((args, kwargs), given, rest)
+        given, rest, known = flatten_call(args, kwargs)
         versions = [tensor._version for tensor in given]
         steps, seen = self._dependent_steps, watch(self._places)
         self._quiet = False
         output = inner(*args, **kwargs)
         self._quiet = True
         event.end = len(self.events)
-        same = known and _same_arguments((args, kwargs), given, rest)
+        same = known and _same_arguments(args, kwargs, given, rest)
         if same and steps == self._dependent_steps and not self._escaped and unchanged(seen, watch(self._places)):
             event.mutated = tuple(i for i, tensor in enumerate(given) if tensor._version != versions[i])
             self._finish(event, self.events[index + 1 :], output)
@@ -122,11 +120,9 @@ class Probe(TorchFunctionMode):
         return name in ESCAPES
 
 
-def _same_arguments(arguments: Any, tensors: list[Tensor], rest: list[Any]) -> bool:
+def _same_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor], rest: list[Any]) -> bool:
     """Say whether the containers among a call's arguments hold what they held before it."""
-    now: list[Tensor] = []
-    rest_now: list[Any] = []
-    flatten(arguments, now, rest_now)
+    now, rest_now, _ = flatten_call(args, kwargs)
     return rest == rest_now and len(now) == len(tensors) and all(a is b for a, b in zip(now, tensors, strict=True))
 
 
@@ -140,6 +136,10 @@ class WriteGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._names = {weight.untyped_storage()._cdata: name for name, weight in weights.items()}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler at the first call, which takes seconds
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

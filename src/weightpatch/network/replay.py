@@ -19,7 +19,7 @@ from .passes import CheckReplay, Diverged, Plan, Record, Recording, Replay, plan
 from .probe import Probe, WriteGuard, WritesParameter
 from .recordings import Recordings
 from .state import State, held
-from .tree import copied, equal, flatten, tensors_of
+from .tree import copied, equal, flatten_call
 
 __all__ = ["Replayer"]
 
@@ -66,9 +66,8 @@ class Replayer:
     def __call__(self, params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the model's answer with these parameters, replaying where this batch was recorded before."""
         with self._lock:
-            tensors: list[Tensor] = []
-            rest: list[Any] = []
-            if self.full_passes_because or not flatten((args, kwargs), tensors, rest) or not _plain(tensors):
+            tensors, rest, known = flatten_call(args, kwargs)
+            if self.full_passes_because or not known or not _plain(tensors):
                 return self.full(params, args, kwargs)
             key = self._recordings.key(tensors, rest, self._device)
             found = self._recordings.find(key, tensors)
@@ -98,9 +97,8 @@ class Replayer:
     def record(self, params: Params, inputs: Call) -> tuple[Any, Recording]:
         """Return the answer of a full pass and what it recorded; nothing (`plan` None) where replays do not help."""
         with self._lock:
-            tensors: list[Tensor] = []
-            rest: list[Any] = []
-            if self.full_passes_because or not flatten(inputs, tensors, rest):
+            tensors, rest, known = flatten_call(*inputs)
+            if self.full_passes_because or not known:
                 return self.full(params, *inputs), Recording()
             key = (*rest, *((tensor.dtype, tensor.ndim) for tensor in tensors))
             for plan in reversed(self._plans.get(key, [])):
@@ -157,7 +155,7 @@ class Replayer:
 
     def _record(self, plan: Plan, params: Params, inputs: Call) -> tuple[Any, Recording]:
         args, kwargs = self._fresh(inputs)
-        run = Record(plan, tensors_of((args, kwargs)))
+        run = Record(plan, flatten_call(args, kwargs)[0])
         output = self._pass(params, args, kwargs, run)
         return output, run.close()
 
@@ -182,7 +180,7 @@ class Replayer:
         return small
 
     def _replayed(self, kind: type[Replay], recording: Recording, params: Params, inputs: Call) -> tuple[Any, Any]:
-        run = kind(recording, tensors_of(inputs))
+        run = kind(recording, flatten_call(*inputs)[0])
         with run.flow if isinstance(run, CheckReplay) else ExitStack():
             output = self._pass(params, *inputs, run)
         run.close()
@@ -225,7 +223,7 @@ class Replayer:
     def _probe(self, inputs: Call, probe: Probe, state: State) -> tuple[Probe, Any, bool]:
         """Run one observed pass; return the probe, the answer, and whether random numbers were drawn."""
         args, kwargs = copied(inputs)
-        given = [(tensor, tensor._version) for tensor in tensors_of((args, kwargs))]
+        given = [(tensor, tensor._version) for tensor in flatten_call(args, kwargs)[0]]
         params = {name: value.requires_grad_() for name, value in self._elsewhere.items()}
         weights = {name: p for name, p in self._model.named_parameters() if name not in self._own} | params
         self._wrap(self._modules)

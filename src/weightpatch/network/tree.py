@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["PLAIN", "copied", "equal", "flatten", "leaves_of", "tensors_in", "tensors_of"]
+__all__ = ["PLAIN", "copied", "equal", "flatten", "flatten_call", "leaves_of", "tensors_in"]
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -16,6 +16,16 @@ PLAIN = (
     type(None), bool, int, float, complex, str, bytes,
     torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format,
 )  # fmt: skip
+
+
+def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], list[Any], bool]:
+    """Return the tensors of a call's arguments, constants and structure, and whether nothing else was among them."""
+    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+        return [args[0]], [1], True
+    tensors: list[Tensor] = []
+    rest: list[Any] = [len(args), *kwargs]
+    known = all(flatten(value, tensors, rest) for value in (*args, *kwargs.values()))
+    return tensors, rest, known
 
 
 def flatten(value: Any, tensors: list[Tensor], rest: list[Any]) -> bool:
@@ -31,7 +41,10 @@ def flatten(value: Any, tensors: list[Tensor], rest: list[Any]) -> bool:
         return True
     if isinstance(value, (tuple, list)):
         rest.append((type(value), len(value)))
-        return all(flatten(item, tensors, rest) for item in value)
+        for item in value:  # noqa: SIM110 - a generator would double the time of a replay
+            if not flatten(item, tensors, rest):
+                return False
+        return True
     if isinstance(value, dict):
         rest.append((type(value), *value))
         return all(flatten(item, tensors, rest) for item in value.values())
@@ -55,13 +68,6 @@ def tensors_in(value: Any, found: list[Tensor]) -> list[Tensor]:
     elif isinstance(value, dict):
         for item in value.values():
             tensors_in(item, found)
-    return found
-
-
-def tensors_of(inputs: Any) -> list[Tensor]:
-    """List the tensors of a call's arguments, in the order of `flatten`."""
-    found: list[Tensor] = []
-    flatten(inputs, found, [])
     return found
 
 
