@@ -183,7 +183,7 @@ def test_tied_names_are_one_tensor():
 def test_a_tie_that_copies_have_lost_is_patched_under_all_its_names():
     model = Net()
     own = snapshot(model)
-    patch = Patch.between(own, {"head.weight": own["head.weight"] + 1}, fingerprint=fingerprint(model))
+    patch = Patch.between(own, {"head.weight": own["head.weight"] + 1}, fingerprint=fingerprint(model), exact=True)
     assert patch.manifest.tensors[0].names == ("head.weight", "table.weight")
     loose = Net()
     loose.head.weight = nn.Parameter(loose.head.weight.detach().clone())
@@ -324,7 +324,7 @@ def test_models_without_values_are_refused():
 
 def forged(model: Net, **entry: object) -> Patch:
     """A patch with the right base that was not made by `between`."""
-    honest = Patch.between(dict(model.state_dict()), {"cube": model.cube.detach() + 1}, fingerprint=fingerprint(model))
+    honest = patch_for(model, 0, {"cube": "all"}, exact=True)
     (old,) = honest.manifest.tensors
     new = replace(old, **entry)
     values = honest.operations["cube"].values

@@ -75,12 +75,13 @@ def steps(layers: Sequence[Layer], names: Mapping[str, str]) -> dict[str, list[S
     for layer in layers:
         needs = layer.manifest.requires
         before[layer.id] = frozenset(needs).union(*(before[need] for need in needs))
-        for name, operation in layer.operations.items():
-            earlier = found.setdefault(names[name], [])
-            if earlier and earlier[-1].id == layer.id:
-                raise PatchConflict(f"patch {layer.id[:12]} changes {name!r} twice, under two names of the same tensor")
-            after = before[layer.id] & {step.id for step in earlier}
-            earlier.append(Step(layer.id, operation, after))
+        for entry in layer.manifest.tensors:
+            for name in dict.fromkeys(names[name] for name in entry.names):
+                earlier = found.setdefault(name, [])
+                if earlier and earlier[-1].id == layer.id:
+                    raise PatchConflict(f"patch {layer.id[:12]} changes {name!r} twice, under two names of one tensor")
+                after = before[layer.id] & {step.id for step in earlier}
+                earlier.append(Step(layer.id, layer.operations[entry.name], after))
     return found
 
 

@@ -22,7 +22,10 @@ _LARGEST = 2**63 - 1
 
 @dataclass(frozen=True)
 class Entry:
-    """One changed tensor: its name, the kind of operation, and the SHA-256 of its values before and after."""
+    """One changed tensor: its name, the kind of operation, and the SHA-256 of its values before and after.
+
+    `also` are the other names of a tied tensor; weights in which the tie is lost are changed under all of them.
+    """
 
     name: str
     kind: str
@@ -30,9 +33,18 @@ class Entry:
     dtype: str
     pre: str
     post: str
+    also: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names of the tensor, its own first."""
+        return (self.name, *self.also)
 
     def __post_init__(self) -> None:
-        check_name(self.name)
+        _check(isinstance(self.also, tuple) and len(self.also) <= LIMIT, "also", self.also, "a tuple of names")
+        for name in self.names:
+            check_name(name)
+        _check(_rising(self.also), "also", self.also, "each name once, in rising order")
         _check(isinstance(self.kind, str) and self.kind in PARTS, "kind", self.kind, f"one of {', '.join(PARTS)}")
         _check(isinstance(self.dtype, str) and self.dtype in CODES, "dtype", self.dtype, f"one of {', '.join(CODES)}")
         _check(isinstance(self.shape, tuple) and len(self.shape) <= 16, "shape", self.shape, "a tuple of <= 16 sizes")
@@ -40,6 +52,17 @@ class Entry:
             _check(type(size) is int and 0 < size <= _LARGEST, "shape", self.shape, "positive integers")
         _check_digest("pre", self.pre)
         _check_digest("post", self.post)
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry as plain lists and scalars."""
+        plain = {name: getattr(self, name) for name in _ENTRY}
+        return plain | {"shape": list(self.shape), "also": list(self.also)}
+
+    @classmethod
+    def from_json(cls, plain: object) -> "Entry":
+        """The entry of `to_json`; raises `InvalidInput` for anything else."""
+        fields = _fields(plain, _ENTRY, "a tensor's entry")
+        return cls(**fields | {name: _tuple(fields[name], name) for name in ("shape", "also")})
 
 
 @dataclass(frozen=True)
@@ -70,13 +93,14 @@ class Manifest:
         _check(isinstance(self.tensors, tuple) and len(self.tensors) <= LIMIT, "tensors", "...", f"at most {LIMIT}")
         names = [entry.name for entry in self.tensors]
         _check(_rising(names), "tensors", names, "each name once, in rising order")
+        every = [name for entry in self.tensors for name in entry.names]
+        _check(len(set(every)) == len(every), "tensors", every, "no name under two tensors")
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as plain dicts, lists and scalars."""
         plain = {name: getattr(self, name) for name in _MANIFEST}
         plain |= {name: dict(plain[name]) for name in ("settings", "metrics", "versions")}
-        tensors = [{name: getattr(e, name) for name in _ENTRY} | {"shape": list(e.shape)} for e in self.tensors]
-        return plain | {"requires": list(self.requires), "tensors": tensors}
+        return plain | {"requires": list(self.requires), "tensors": [entry.to_json() for entry in self.tensors]}
 
     @classmethod
     def from_json(cls, plain: object) -> "Manifest":
@@ -84,8 +108,7 @@ class Manifest:
         try:
             fields = _fields(plain, _MANIFEST, "the manifest")
             fields["requires"] = _tuple(fields["requires"], "requires")
-            entries = [_fields(item, _ENTRY, "a tensor's entry") for item in _tuple(fields["tensors"], "tensors")]
-            fields["tensors"] = tuple(Entry(**entry | {"shape": _tuple(entry["shape"], "shape")}) for entry in entries)
+            fields["tensors"] = tuple(Entry.from_json(item) for item in _tuple(fields["tensors"], "tensors"))
             return cls(**fields)
         except InvalidInput as error:
             raise PatchDamaged(f"not a patch: {error}") from None

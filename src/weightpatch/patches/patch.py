@@ -14,7 +14,7 @@ from .._version import __version__
 from ..errors import BaseMismatch, InvalidInput
 from . import applying, files
 from .format import Array, Content, encode, parse, read
-from .hashing import as_bytes, digest
+from .hashing import as_bytes, digest, tied
 from .manifest import CODES, PARTS, Entry, Manifest, Scalar
 from .operations import INDEX, Full, LowRank, Operation, Rows, Sparse
 from .operations import encode as encode_operation
@@ -50,18 +50,20 @@ class Patch:
         metrics: Mapping[str, Scalar] | None = None,
         exact: bool = False,
     ) -> "Patch":
-        """The patch that makes the tensors `new` of the tensors `base`; the names may be some of the model's only.
+        """The patch that makes the tensors `new` of the tensors `base`, which are all of the model's, or some.
 
-        `fingerprint` is the `base_fingerprint` of the model, `requires` the ids of the patches that are applied to it.
-        Unchanged tensors are left out. Without `exact`, a tensor may be stored by its low-rank difference and then
-        differ from `new` by rounding steps: `result` gives the weights as they will be. Raises `InvalidInput`
-        (`ShapeMismatch`, `NonFinite`) and `NotEditable`.
+        With the model's whole state dict as `base` the patch also knows the other names of tied tensors. `fingerprint`
+        is the `base_fingerprint` of the model, `requires` the ids of the patches that are applied to it. Unchanged
+        tensors are left out. Without `exact`, a tensor may be stored by its low-rank difference and then differ from
+        `new` by rounding steps: `result` gives the weights as they will be. Raises `InvalidInput` (`ShapeMismatch`,
+        `NonFinite`) and `NotEditable`.
         """
-        if unknown := sorted(new.keys() - base.keys()):
-            raise InvalidInput(f"new has tensors that base lacks: {unknown[:8]}; give both under the same names")
-        found = {name: encode_operation(base[name], new[name], exact=exact) for name in sorted(new)}
+        groups = _groups(base, new)
+        found = {names[0]: encode_operation(base[names[0]], new[names[0]], exact=exact) for names in groups}
         operations = {name: operation for name, operation in found.items() if operation is not None}
-        entries = tuple(_entry(name, base[name], operation) for name, operation in operations.items())
+        entries = tuple(
+            _entry(names, base[names[0]], operations[names[0]]) for names in groups if names[0] in operations
+        )
         manifest = Manifest(
             fingerprint,
             tuple(sorted(set(requires))),
@@ -176,10 +178,26 @@ def applied(model: nn.Module) -> tuple[Patch, ...]:
     return tuple(layer for layer in state.layers if isinstance(layer, Patch)) if state else ()
 
 
-def _entry(name: str, base: Tensor, operation: Operation) -> Entry:
+def _groups(base: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> list[list[str]]:
+    """All names of each tensor in `new`, those in `new` first, the tensors in the order of their first names."""
+    if unknown := sorted(new.keys() - base.keys()):
+        raise InvalidInput(f"new has tensors that base lacks: {unknown[:8]}; give both under the same names")
+    first = tied(dict(sorted(base.items())))
+    groups: dict[str, list[str]] = {}
+    for name in sorted(first, key=lambda name: (name not in new, name)):
+        groups.setdefault(first[name], []).append(name)
+    found = [names for names in groups.values() if names[0] in new]
+    for names in found:
+        if wrong := [name for name in names[1:] if name in new and digest(new[name]) != digest(new[names[0]])]:
+            raise InvalidInput(f"{names[0]!r} and {wrong[0]!r} are one tensor; give both the same new values, or one")
+    return found
+
+
+def _entry(names: list[str], base: Tensor, operation: Operation) -> Entry:
     base = base.detach().cpu()
-    dtype = str(base.dtype).removeprefix("torch.")
-    return Entry(name, operation.kind, tuple(base.shape), dtype, digest(base), digest(operation.on(base)))
+    dtype, made = str(base.dtype).removeprefix("torch."), operation.on(base)
+    also = tuple(sorted(names[1:]))
+    return Entry(names[0], operation.kind, tuple(base.shape), dtype, digest(base), digest(made), also)
 
 
 def _tensor(array: Array) -> Tensor:

@@ -79,7 +79,8 @@ def compose(base: Mapping[str, Tensor], patches: Iterable[Layer]) -> dict[str, T
 
 def check_base(layer: Layer, tensors: Mapping[str, Tensor], root: Mapping[str, str]) -> None:
     """Raise `BaseMismatch`, and say which tensors differ, where a patch was made for another base."""
-    wrong = [text for entry in layer.manifest.tensors if (text := _difference(entry, layer, tensors, root))]
+    named = [(name, entry) for entry in layer.manifest.tensors for name in entry.names]
+    wrong = [text for name, entry in named if (text := _difference(name, entry, layer, tensors, root))]
     if not wrong and combined(root) == layer.manifest.base:
         return
     what = "; ".join(wrong[:8]) or "the tensors that it changes may be the same, but others differ"
@@ -89,15 +90,15 @@ def check_base(layer: Layer, tensors: Mapping[str, Tensor], root: Mapping[str, s
     )
 
 
-def _difference(entry: Entry, layer: Layer, tensors: Mapping[str, Tensor], root: Mapping[str, str]) -> str:
-    if (tensor := tensors.get(entry.name)) is None:
-        return f"{entry.name!r} is missing"
+def _difference(name: str, entry: Entry, layer: Layer, tensors: Mapping[str, Tensor], root: Mapping[str, str]) -> str:
+    if (tensor := tensors.get(name)) is None:
+        return f"{name!r} is missing"
     if tuple(tensor.shape) != entry.shape:
-        return f"{entry.name!r} has shape {tuple(tensor.shape)}; expected {entry.shape}"
+        return f"{name!r} has shape {tuple(tensor.shape)}; expected {entry.shape}"
     if (dtype := str(tensor.dtype).removeprefix("torch.")) != entry.dtype:
-        return f"{entry.name!r} is {dtype}; expected {entry.dtype}"
+        return f"{name!r} is {dtype}; expected {entry.dtype}"
     # A patch made after others saw their weights, not the base's; its digests are compared in `_composed`
-    return f"{entry.name!r} has other values" if not layer.manifest.requires and root[entry.name] != entry.pre else ""
+    return f"{name!r} has other values" if not layer.manifest.requires and root[name] != entry.pre else ""
 
 
 def _checked(tensors: Mapping[str, Tensor], state: State | None) -> State:
@@ -121,7 +122,7 @@ def _restacked(tensors: Mapping[str, Tensor], state: State, layers: Sequence[Lay
     originals = {name: _kept(state, tensors, name) for name in plan}
     values = {
         name: _composed(name, originals[name], plan[name], (moved,), first) if name in plan else state.originals[name]
-        for name in {first[name] for name in moved.operations}
+        for name in {first[name] for entry in moved.manifest.tensors for name in entry.names}
     }
     fresh = {name: digest(value) for name, value in values.items()}
     now = {alias: fresh.get(name) or state.now[alias] for alias, name in first.items() if name in plan}
@@ -138,11 +139,16 @@ def _composed(
 ) -> Tensor:
     """The tensor with its whole plan, after comparing what each `checked` patch finds and leaves with its digests."""
     composer = Composer(name, base, plan)
-    entries = {layer.id: entry for layer in checked for entry in layer.manifest.tensors if first[entry.name] == name}
+    entries = {
+        layer.id: entry
+        for layer in checked
+        for entry in layer.manifest.tensors
+        if name in {first[own] for own in entry.names}
+    }
     for step in plan:
         if entry := entries.get(step.id):
             if digest(composer.of(step.after)) != entry.pre:
-                raise BaseMismatch(f"patch {step.id[:12]} was made for other values of {entry.name!r} than these")
+                raise BaseMismatch(f"patch {step.id[:12]} was made for other values of {name!r} than these")
             if digest(composer.of(step.after | {step.id})) != entry.post:
-                raise PatchDamaged(f"patch {step.id[:12]} does not make of {entry.name!r} what it promises")
+                raise PatchDamaged(f"patch {step.id[:12]} does not make of {name!r} what it promises")
     return composer.of(frozenset(step.id for step in plan))
