@@ -350,6 +350,20 @@ def test_forged_manifests_are_refused_with_the_model_untouched(entry, error):
     assert unchanged(model, before)
 
 
+def test_a_forged_patch_on_top_of_another_is_refused():
+    model = Net()
+    one = patch_for(model, 0, {"cube": "all"})
+    one.apply(model)
+    before = snapshot(model)
+    two = patch_for(model, 1, {"cube": "all"}, exact=True)
+    (old,) = two.manifest.tensors
+    wrong = replace(two, manifest=replace(two.manifest, tensors=(replace(old, pre="0" * 64),)))
+    with pytest.raises(BaseMismatch, match="other values of 'cube'"):
+        wrong.apply(model)
+    assert unchanged(model, before)
+    assert applied(model) == (one,)
+
+
 def test_forged_factors_that_overflow_are_refused():
     model = Net()
     before = snapshot(model)

@@ -157,3 +157,21 @@ def test_requirements_order_before_ids():
         stack.append(patch_for(model, seed, {"gain": "all"}))
         stack[-1].apply(model)
     assert canonical(reversed(stack)) == tuple(stack)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_patch_made_after_two_is_recomputed_without_a_fourth(seed):
+    """Its own base leaves the fourth out, wherever ids put it in the order."""
+    model = Net(seed)
+    base = snapshot(model)
+    one, two, apart = (patch_for(model, seed + number, {"cube": "all"}) for number in (0, 10, 20))
+    for patch in (one, two):
+        patch.apply(model)
+    top = patch_for(model, seed + 30, {"cube": "all"})
+    top.apply(model)
+    wanted = model.cube.detach() + (apart.result(base)["cube"] - base["cube"])
+    apart.apply(model)
+    assert unchanged(model, compose(base, [apart, top, two, one]))
+    assert torch.allclose(model.cube, wanted, rtol=1e-6, atol=1e-6)
+    apart.revert(model)
+    assert unchanged(model, compose(base, [top, two, one]))

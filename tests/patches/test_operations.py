@@ -8,6 +8,7 @@ from patch_cases import DTYPES, KINDS, change, floats, same_bits
 
 from weightpatch.errors import NonFinite, NotEditable, ShapeMismatch
 from weightpatch.patches import Full, LowRank, Rows, Sparse, encode
+from weightpatch.patches.rounding import rounded
 
 SHAPES = ((), (1,), (7,), (300,), (5, 3), (2, 3, 4), (1, 40), (40, 1), (300, 2), (64, 48))
 
@@ -22,6 +23,7 @@ def test_every_operation_reproduces_the_new_tensor(dtype, shape, kind, seed, exa
     if operation is not None:
         assert operation.nbytes <= new.numel() * new.element_size()
         made = operation.on(base)
+        assert same_bits(made, rounded(operation.add(base.double().clone(), base), dtype))
         if exact or not isinstance(operation, LowRank):
             assert same_bits(made, new)
         else:

@@ -167,6 +167,15 @@ def test_describing_needs_no_torch(tmp_path):
     assert ran.stdout.strip() == small().id
 
 
+def test_the_package_lists_what_it_has():
+    import weightpatch.patches as package
+
+    assert sorted(package.__all__) == dir(package) == package.__all__
+    assert all(getattr(package, name) is not None for name in package.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = package.nothing
+
+
 def test_a_patch_of_nothing_says_so():
     base = {"w": torch.ones(3)}
     patch = Patch.between(base, {"w": base["w"].clone()}, fingerprint=fingerprint(base))

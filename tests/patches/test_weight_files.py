@@ -218,6 +218,12 @@ def test_a_fault_at_any_file_leaves_a_readable_state(tmp_path, monkeypatch, dtyp
     assert unchanged(Net(0, dtype), safetensors.torch.load_file(path))
 
 
+def test_ties_to_names_that_are_not_there_are_nothing(tmp_path):
+    model, path = patched(tmp_path)
+    rewrite(path, tied={"nothing": "gain"})
+    assert unchanged(model, dict(load_weights(path).tensors))
+
+
 def test_a_folder_that_cannot_be_made(tmp_path):
     path = tmp_path / "m.safetensors"
     save_weights(path, Weights(plain(Net())))

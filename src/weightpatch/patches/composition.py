@@ -95,7 +95,9 @@ class Composer:
     def of(self, wanted: frozenset[str]) -> Tensor:
         """The tensor, in its own type on the CPU, with these steps; raises `PatchConflict` where it overflows."""
         if wanted not in self._known:
-            result = rounded(self._sum(wanted), self._known[frozenset()].dtype)
+            last = [step for step in self._steps if step.id in wanted][-1]
+            alone = last.after == wanted - {last.id}  # then its own weights, without the detour
+            result = last.operation.on(self.of(last.after)) if alone else self._sum(wanted)
             if not result.isfinite().all():
                 raise PatchConflict(f"patches {_short(wanted)} together drive {self._name!r} out of its type's range")
             self._known[wanted] = result
@@ -110,7 +112,7 @@ class Composer:
                 total = own.to(torch.float64, copy=True) if done == step.after else total
                 total = step.operation.add(total, own)
                 done |= {step.id}
-        return total
+        return rounded(total, self.of(frozenset()).dtype)
 
 
 def _short(ids: Iterable[str]) -> str:

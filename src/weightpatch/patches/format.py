@@ -65,7 +65,10 @@ def encode(content: Content) -> tuple[str, list[memoryview | bytes]]:
     identity = digest.hexdigest()
     head = _prefix(content, names, identity)
     if len(head) - 8 > HEADER_LIMIT:
-        raise InvalidInput(f"the patch's header has {len(head) - 8} bytes; at most {HEADER_LIMIT} are allowed")
+        raise InvalidInput(
+            f"the patch's header has {len(head) - 8} bytes; at most {HEADER_LIMIT} are allowed. "
+            "Edit fewer tensors (about 2,000 fit), or put less text into the manifest"
+        )
     return identity, [head, *(content.arrays[name].data for name in names)]
 
 

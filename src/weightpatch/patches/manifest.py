@@ -159,7 +159,8 @@ def _rising(values: list[str] | tuple[str, ...]) -> bool:
 
 def _fields(plain: object, names: tuple[str, ...], what: str) -> dict[str, Any]:
     if not isinstance(plain, dict) or set(plain) != set(names):
-        raise InvalidInput(f"{what} has the fields {sorted(plain) if isinstance(plain, dict) else plain!r}"[:300])
+        found = sorted(map(str, plain)) if isinstance(plain, dict) else plain
+        raise InvalidInput(f"{what} has the fields {found!r}"[:300] + f"; expected {sorted(names)}")
     return dict(plain)
 
 

@@ -44,7 +44,7 @@ class Operation(ABC):
         """
 
     def on(self, own: Tensor) -> Tensor:
-        """The tensor that the operation makes of the one it was made for."""
+        """The tensor, in its own type, that the operation makes of the one it was made for."""
         return rounded(self.add(own.to(torch.float64, copy=True), own), own.dtype)
 
 
@@ -59,6 +59,10 @@ class Full(Operation):
     def add(self, total: Tensor, own: Tensor) -> Tensor:
         """total + values - own."""
         return _moved(total, own, self.values)
+
+    def on(self, own: Tensor) -> Tensor:
+        """values."""
+        return self.values.clone()
 
 
 @final
@@ -76,6 +80,10 @@ class Rows(Operation):
         total[index] = _moved(total[index], own[index], self.values)
         return total
 
+    def on(self, own: Tensor) -> Tensor:
+        """own, with own[index] = values."""
+        return own.contiguous().index_copy(0, self.index.long(), self.values)
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -91,6 +99,10 @@ class Sparse(Operation):
         index, flat = self.index.long(), total.reshape(-1)
         flat[index] = _moved(flat[index], own.reshape(-1)[index], self.values)
         return flat.reshape(total.shape)
+
+    def on(self, own: Tensor) -> Tensor:
+        """own, with own.flat[index] = values."""
+        return own.reshape(-1).index_copy(0, self.index.long(), self.values).reshape(own.shape)
 
 
 @final
