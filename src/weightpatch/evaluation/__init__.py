@@ -1,1 +1,30 @@
-"""Judging edits."""
+"""Judging edits: what a set of them does to a test set, and what one changes item by item."""
+
+from .comparison import ClassChange, Comparison, compare
+from .curve import Curve, curve
+from .driver import evaluate
+from .metrics import Estimate, Flips
+from .pages import comparison_page, edit_page
+from .protocols import Independent, Protocol, Sequential
+from .report import Checkpoint, Impact, Report, Row, Summary
+
+__all__ = [
+    "Checkpoint",
+    "ClassChange",
+    "Comparison",
+    "Curve",
+    "Estimate",
+    "Flips",
+    "Impact",
+    "Independent",
+    "Protocol",
+    "Report",
+    "Row",
+    "Sequential",
+    "Summary",
+    "compare",
+    "comparison_page",
+    "curve",
+    "edit_page",
+    "evaluate",
+]

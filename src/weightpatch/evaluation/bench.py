@@ -1,0 +1,128 @@
+"""What a protocol works with: makes one edit of a set, and measures one edited model."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .._calling import Inputs, Params, length
+from .._cost import measured
+from ..constraints import All, Classified, Constraint, Within
+from ..editing import Result, Solved, solve
+from ..editors import Editor
+from ..errors import InvalidInput, ShapeMismatch
+from ..locality import Locality
+from ..network import Network, preserved_rng
+from .log import Log
+from .metrics import flips
+from .predictor import Prediction, Predictor
+from .report import Impact, Row
+
+__all__ = ["Bench"]
+
+
+def _silent(rows: Sequence[Row]) -> None:
+    pass
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """One run: a model, its edits, a test set and the log of what is done.
+
+    Attributes:
+        model: the user's model; nothing changes it.
+        network: a view of it, shared by all edits that start from it.
+        edits: the constraints, one an edit.
+        editor: what makes the edits.
+        keep: what an editor should keep, or None.
+        altered: makes m altered copies of a batch of n inputs, (m·n, ...), copy after copy; or None.
+        predictor: answers of edited models to the test set.
+        labels: the right answers, (n,).
+        log: what is done already.
+        progress: is told the rows so far.
+    """
+
+    model: nn.Module
+    network: Network
+    edits: Sequence[Constraint]
+    editor: Editor
+    keep: Locality | None
+    altered: Callable[[Inputs], Inputs] | None
+    predictor: Predictor
+    labels: Tensor
+    log: Log
+    progress: Callable[[Sequence[Row]], None] = field(default=_silent)
+
+    def make(self, network: Network, index: int) -> tuple[Row, Solved]:
+        """Make one edit of the set; return its row, without impact, and the weights that were found."""
+        with _seeded(index, network.device):
+            with measured(network.device) as cost:
+                solved = solve(network, self.edits[index], self.editor, self.keep)
+            held_already = solved.result is Result.already_satisfied
+            generality = None if held_already else self._generality(network, index, solved.params)
+        violation = solved.after if math.isfinite(solved.after) else None
+        row = Row(index, solved.result, solved.steps, violation, cost.seconds, cost.peak_bytes, generality, None)
+        return row, solved
+
+    def made(self, index: int) -> Row:
+        """Make one edit of the unedited model and measure it on the test set."""
+        row, solved = self.make(self.network, index)
+        if solved.result is Result.already_satisfied:
+            return replace(row, impact=self._impact(Prediction(self.predictor.base, 0.0, 0)))
+        return replace(row, impact=self.impact(solved.params))
+
+    def impact(self, params: Params) -> Impact:
+        """Measure the model with these parameters on the test set."""
+        return self._impact(self.predictor.predict(params))
+
+    def _impact(self, found: Prediction) -> Impact:
+        error = float((found.classes != self.labels).double().mean())
+        changed = flips(self.predictor.base, found.classes, self.labels)
+        return Impact(error, changed, found.drift if math.isfinite(found.drift) else None)
+
+    def _generality(self, network: Network, index: int, params: Params) -> float | None:
+        if self.altered is None:
+            return None
+        parts = [part for part in _parts(self.edits[index]) if isinstance(part, (Classified, Within))]
+        if not parts:
+            kind = self.edits[index].kind
+            raise InvalidInput(f"altered was given for edits of kind {kind}; expected Classified or Within")
+        with network.isolated():
+            held = [_altered(part, self.altered).met(network.full(params)) for part in parts]
+        return float(torch.cat(held).double().mean())
+
+
+def _parts(constraint: Constraint) -> Sequence[Constraint]:
+    return constraint.parts if isinstance(constraint, All) else (constraint,)
+
+
+def _altered(part: Classified | Within, alter: Callable[[Inputs], Inputs]) -> Classified | Within:
+    """Ask of altered inputs what was asked of the inputs."""
+    inputs, n = alter(part.inputs), length(part.inputs)
+    m, rest = divmod(length(inputs), n)
+    if m == 0 or rest:
+        raise ShapeMismatch(
+            f"altered returned {length(inputs)} items for {n}; expected m times as many, copy after copy"
+        )
+    if isinstance(part, Classified):
+        return replace(part, inputs=inputs, labels=part.labels.repeat(m))
+    return replace(part, inputs=inputs, targets=part.targets.repeat(m, *[1] * (part.targets.ndim - 1)))
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Any:
+    """Make whatever is random in one edit depend on its place alone, so that a run that is continued stays the same."""
+    with preserved_rng(device):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        yield

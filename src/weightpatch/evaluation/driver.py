@@ -1,0 +1,183 @@
+"""The driver of a set of edits: checks what it is given, continues where a run was stopped, and makes the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from .._calling import Inputs, check_batch
+from ..constraints import Constraint
+from ..editing import Result
+from ..editors import Editor
+from ..errors import InvalidInput
+from ..locality import Locality
+from ..network import Network, check_finite
+from ..patches import fingerprint
+from .bench import Bench
+from .comparison import TestSet, check_labels
+from .log import Log
+from .predictor import FastPredictor
+from .protocols import Independent, Protocol
+from .report import Report, Row
+
+__all__ = ["evaluate"]
+
+_FORMAT = 1
+
+
+def evaluate(
+    model: nn.Module,
+    edits: Sequence[Constraint],
+    editor: Editor,
+    *,
+    test: TestSet,
+    parameters: str | Sequence[str] = "*",
+    keep: Locality | None = None,
+    altered: Callable[[Inputs], Inputs] | None = None,
+    protocol: Protocol | None = None,
+    results: str | Path | None = None,
+    batch_size: int = 500,
+    progress: bool = True,
+) -> Report:
+    """Make many edits of one model and measure what each does to a labelled test set; the model is left as it is.
+
+    Every edit is checked on its final weights in the model's own dtype. The answers on the test set are those of a full
+    pass of the edited model, but only what the edit can change is computed; see `FastPredictor`.
+
+    Args:
+        model: any eager module that returns logits (n, classes), in any mode.
+        edits: what must become true, one constraint an edit.
+        editor: how.
+        test: the test set: inputs of n items, and labels, shape (n,), integers.
+        parameters: which parameters may move, as one or several glob patterns of their names.
+        keep: what should stay, for editors that have a `keep_weight`.
+        altered: makes m altered copies of n inputs, (m·n, ...), copy after copy, to measure the generality of edits; it
+            may draw from the global random generators, which are seeded by the edit's place and put back afterwards.
+        protocol: `Independent()` when not given, or `Sequential()` for edits applied one on another.
+        results: a file of JSON lines, written edit by edit; a run that was stopped continues from it.
+        batch_size: test items in one full pass.
+        progress: show a progress bar where the output is a terminal.
+
+    Raises:
+        InvalidInput: an argument cannot be used, or `results` holds another run.
+        NotEditable: a chosen parameter cannot be edited.
+    """
+    protocol = Independent() if protocol is None else protocol
+    _check(model, edits, editor, protocol, batch_size)
+    inputs, labels = test
+    check_labels(labels, check_batch(inputs, "evaluate"))
+    check_finite(model)
+    network = Network(model, parameters)
+    header = _header(model, network, edits, editor, (inputs, labels), keep, altered, protocol)
+    with Log(results, header) as log, _progress(len(edits), progress) as show:
+        predictor = FastPredictor(model, network, inputs, batch_size, log.header.get("drift_items"))
+        log.start(drift_items=predictor.drift_items)
+        labels = labels.to(predictor.base.device)
+        bench = Bench(model, network, edits, editor, keep, altered, predictor, labels, log, show)
+        rows, checkpoints = protocol.run(bench)
+    error = float((predictor.base != labels).double().mean())
+    patterns = (parameters,) if isinstance(parameters, str) else tuple(parameters)
+    return Report(
+        repr(editor),
+        patterns,
+        repr(protocol),
+        len(labels),
+        predictor.drift_items,
+        error,
+        tuple(rows),
+        tuple(checkpoints),
+    )
+
+
+def _check(model: nn.Module, edits: Sequence[Constraint], editor: Editor, protocol: Protocol, batch_size: int) -> None:
+    for name, value, kind, hint in (
+        ("model", model, nn.Module, "a torch module"),
+        ("editor", editor, Editor, "an editor such as weightpatch.editors.RMSProp(lr=1e-3)"),
+        ("protocol", protocol, Protocol, "Independent() or Sequential() of weightpatch.evaluation"),
+    ):
+        if not isinstance(value, kind):
+            raise InvalidInput(f"evaluate was given {name}={value!r:.80}; expected {hint}")
+    if not edits or not all(isinstance(item, Constraint) for item in edits):
+        raise InvalidInput("evaluate was given edits that are not a sequence of at least one constraint, one an edit")
+    if batch_size < 1:
+        raise InvalidInput(f"evaluate was given batch_size={batch_size}; expected a number of test items, at least 1")
+
+
+def _header(
+    model: nn.Module,
+    network: Network,
+    edits: Sequence[Constraint],
+    editor: Editor,
+    test: TestSet,
+    keep: Locality | None,
+    altered: Callable[[Inputs], Inputs] | None,
+    protocol: Protocol,
+) -> dict[str, Any]:
+    """Return what two runs must share for one to continue the other."""
+    return {
+        "format": _FORMAT,
+        "model": fingerprint(model),
+        "parameters": list(network.names),
+        "edits": _digest(list(edits)),
+        "editor": repr(editor),
+        "test": _digest(test),
+        "keep": None if keep is None else _digest(keep),
+        "altered": None if altered is None else getattr(altered, "__qualname__", type(altered).__qualname__),
+        "protocol": repr(protocol),
+    }
+
+
+def _digest(value: Any) -> str:
+    """Return the SHA-256 of nested values: tensors by their bits, dataclasses and other objects by their attributes."""
+    found = hashlib.sha256()
+    _feed(value, found.update)
+    return found.hexdigest()
+
+
+def _feed(value: Any, update: Callable[[bytes], None]) -> None:
+    if isinstance(value, Tensor):
+        update(fingerprint({"": value}).encode())
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            update(repr(key).encode())
+            _feed(item, update)
+    elif isinstance(value, (list, tuple)):
+        update(f"{type(value).__name__} {len(value)}".encode())
+        for item in value:
+            _feed(item, update)
+    elif dataclasses.is_dataclass(value) or "object at 0x" in repr(value):
+        update(type(value).__qualname__.encode())
+        _feed(vars(value), update)
+    else:
+        update(repr(value).encode())
+
+
+@contextmanager
+def _progress(total: int, wanted: bool) -> Iterator[Callable[[Sequence[Row]], None]]:
+    console = Console(stderr=True)
+    if not (wanted and console.is_terminal):
+        yield lambda rows: None
+        return
+    columns = (
+        TextColumn("editing"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda rows: bar.update(task, completed=len(rows), description=_told(rows))
+
+
+def _told(rows: Sequence[Row]) -> str:
+    real = [row for row in rows[-1000:] if row.result is not Result.already_satisfied]
+    return f"{sum(row.result is Result.satisfied for row in real) / len(real):.0%} hold" if real else ""

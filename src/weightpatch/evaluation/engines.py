@@ -1,0 +1,165 @@
+"""Two ways to the logits of edited models on one test set: a traced suffix, or replayed passes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from .._calling import Inputs, Params, length, outputs, rows
+from ..network import Network, Recording, structural_clone
+from .tracing import Recorded, Suffix, Trace
+
+__all__ = ["Engine", "Replayed", "Traced"]
+
+BUDGET = 2 << 30  # bytes of recorded activations
+
+
+class Engine(ABC):
+    """Logits of edited models on the items of one test set."""
+
+    @abstractmethod
+    def weights(self, params: Params) -> Any:
+        """Return what the other methods take for these edited parameters."""
+
+    @abstractmethod
+    def over(self, weights: Any) -> Tensor:
+        """Return the logits of all items, shape (n, classes), float32 or the model's own wider dtype."""
+
+    @abstractmethod
+    def some(self, weights: Any, index: Tensor) -> Tensor:
+        """Return the logits of the items in `index`, shape (len(index), classes)."""
+
+    @abstractmethod
+    def first(self, weights: Any) -> Tensor:
+        """Return the logits of the first items, as many as are run at once: what a timing needs."""
+
+    @abstractmethod
+    def rough(self) -> Engine:
+        """Return the same in bfloat16, which is faster on some machines."""
+
+
+@final
+class Traced(Engine):
+    """The operations behind the edit, with batch normalisation folded and channels last, on recorded values.
+
+    Its float32 logits differ from those of a full pass by rounding.
+    """
+
+    def __init__(self, suffix: Suffix, recorded: Recorded) -> None:
+        self._suffix, self._recorded = suffix, recorded
+
+    @staticmethod
+    def of(model: nn.Module, network: Network, inputs: Inputs, batch_size: int) -> Traced:
+        """Trace a model and record a test set.
+
+        Raises:
+            Exception: of any kind, where the model cannot be traced or computes in another dtype than float32.
+        """
+        floats = {value.dtype for value in (*model.parameters(), *model.buffers()) if value.is_floating_point()}
+        if floats != {torch.float32}:
+            raise TypeError(f"the model computes in {floats}")
+        clone = structural_clone(model)
+        trace = Trace(clone, network.names)
+        item = sum(value.nbytes for value in trace.record(rows(inputs, slice(0, 1))))
+        if item * length(inputs) * 1.5 > BUDGET:
+            trace = Trace(clone, network.names, whole=True)
+        recorded = Recorded.of(trace, inputs, batch_size)
+        return Traced(Suffix(trace, torch.float32, recorded), recorded)
+
+    def weights(self, params: Params) -> Any:
+        """Fold and convert the weights."""
+        return self._suffix.prepare(params)
+
+    def over(self, weights: Any) -> Tensor:
+        """Return the logits of all items."""
+        return self._suffix.over(weights, self._recorded)
+
+    def some(self, weights: Any, index: Tensor) -> Tensor:
+        """Return the logits of some items, gathered from what is recorded."""
+        return self._suffix.some(weights, self._recorded, index)
+
+    def first(self, weights: Any) -> Tensor:
+        """Return the logits of the first items."""
+        return self._suffix.run(weights, self._recorded.take(slice(0, 2000)))
+
+    def rough(self) -> Traced:
+        """Return the same with everything converted to bfloat16."""
+        recorded = self._recorded.to(torch.bfloat16)
+        return Traced(Suffix(self._suffix.trace, torch.bfloat16, recorded), recorded)
+
+
+@final
+class Replayed(Engine):
+    """The model itself, replaying what does not depend on the edit; its logits of all items are those of full passes.
+
+    Args:
+        network: the model.
+        inputs: n items.
+        batch_size: items in one pass.
+        sample: the items that are most often asked for, recorded as well.
+        recordings: of the batches and of the sample, where they are made already.
+        autocast: run in bfloat16 where PyTorch's autocast does.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        inputs: Inputs,
+        batch_size: int,
+        sample: Tensor,
+        recordings: tuple[list[Recording | None], Recording] | None = None,
+        autocast: bool = False,
+    ) -> None:
+        self._network, self._inputs, self._batch_size, self._sample = network, inputs, batch_size, sample
+        self._batches = [slice(a, a + batch_size) for a in range(0, length(inputs), batch_size)]
+        self._autocast = autocast
+        self._recordings, self._sampled = recordings or self._record()
+
+    def _record(self) -> tuple[list[Recording | None], Recording]:
+        recordings: list[Recording | None] = []
+        spent = 0
+        for batch in self._batches:
+            recording = self._network.record(rows(self._inputs, batch)) if spent < BUDGET else None
+            spent += 0 if recording is None else recording.nbytes
+            recordings.append(recording if spent < BUDGET else None)
+        return recordings, self._network.record(rows(self._inputs, self._sample))
+
+    def weights(self, params: Params) -> Params:
+        """Return them as they are."""
+        return params
+
+    def over(self, weights: Any) -> Tensor:
+        """Return the logits of all items, batch by batch."""
+        with self._precision():
+            return torch.cat([self._run(weights, i) for i in range(len(self._batches))])
+
+    def some(self, weights: Any, index: Tensor) -> Tensor:
+        """Return the logits of some items by full passes, or of the sample by a replayed one."""
+        with self._precision():
+            if index is self._sample:
+                return outputs(lambda: self._network.run(weights, self._sampled), ())
+            parts: tuple[Tensor, ...] = torch.split(index, self._batch_size)
+            return torch.cat([outputs(self._network.full(weights), rows(self._inputs, part)) for part in parts])
+
+    def first(self, weights: Any) -> Tensor:
+        """Return the logits of the first batch."""
+        with self._precision():
+            return self._run(weights, 0)
+
+    def rough(self) -> Replayed:
+        """Return the same under autocast."""
+        made = (self._recordings, self._sampled)
+        return Replayed(self._network, self._inputs, self._batch_size, self._sample, made, autocast=True)
+
+    def _run(self, params: Params, number: int) -> Tensor:
+        recording = self._recordings[number]
+        if recording is None:
+            return outputs(self._network.full(params), rows(self._inputs, self._batches[number]))
+        return outputs(lambda: self._network.run(params, recording), ())
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self._network.device.type, torch.bfloat16) if self._autocast else nullcontext()

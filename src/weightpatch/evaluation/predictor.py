@@ -1,0 +1,196 @@
+"""What an edited model answers on a test set: the plain way, and the fast way with the same answers."""
+
+from __future__ import annotations
+
+import copy
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from .._calling import Inputs, Params, length, outputs, rows
+from ..network import Network
+from .engines import Engine, Replayed, Traced
+from .screening import answers, margins, settle
+
+__all__ = ["FastPredictor", "Prediction", "Predictor", "SlowPredictor"]
+
+_SAMPLE = 500
+_SCREENED = 2000  # items below which approximating first is not worth its overhead
+_GAIN = 0.6  # the share of the exact time that an approximation may take
+_NEGLIGIBLE = 2e-3  # seconds for all items, below which nothing is gained
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """The answers of one model to the whole test set.
+
+    Attributes:
+        classes: shape (n,); -1 where a logit is NaN.
+        drift: mean KL(before || after) in nats on the predictor's `drift_items`; NaN where it is not finite.
+        exact: how many items were computed exactly, the others being too far from a tie to need it.
+    """
+
+    classes: Tensor
+    drift: float
+    exact: int
+
+
+class Predictor(ABC):
+    """Answers of edited models to one test set.
+
+    Attributes:
+        base: the classes that the unedited model answers, shape (n,).
+        drift_items: on how many items the drift is estimated.
+    """
+
+    base: Tensor
+    drift_items: int
+
+    @abstractmethod
+    def predict(self, params: Params) -> Prediction:
+        """Return the answers with these parameters, rounded to the model's dtypes."""
+
+
+@final
+class SlowPredictor(Predictor):
+    """Copy the model, load the edited weights, run the whole test set: what every other way has to agree with."""
+
+    def __init__(self, model: nn.Module, network: Network, inputs: Inputs, batch_size: int) -> None:
+        self._model, self._network, self._inputs, self._batch_size = model, network, inputs, batch_size
+        before = self._logits(network.rounded(network.start))
+        self.base, self.drift_items, self._before = answers(before), len(before), before.log_softmax(1)
+
+    def predict(self, params: Params) -> Prediction:
+        """Return the answers by a full pass."""
+        logits = self._logits(params)
+        return Prediction(answers(logits), _drift(self._before, logits), len(logits))
+
+    def _logits(self, params: Params) -> Tensor:
+        n, size = length(self._inputs), self._batch_size
+        with self._network.isolated(), torch.no_grad():
+            edited = copy.deepcopy(self._model).eval()
+            for name, value in params.items():
+                edited.get_parameter(name).copy_(value)
+            return torch.cat([outputs(edited, rows(self._inputs, slice(a, a + size))) for a in range(0, n, size)])
+
+
+@final
+class FastPredictor(Predictor):
+    """Run only what an edit can change, roughly first where that is faster, and exactly wherever it matters.
+
+    What precedes the edited layers is recorded once. The rest runs on it with batch normalisation folded into
+    convolutions, first in bfloat16 where this is measured to be faster; items that this could answer wrongly run again
+    in float32 (see `settle`). Where that is closer to a tie than rounding resolves, a full pass of the item's batch
+    answers. Models that cannot be traced run as they are, with what precedes the edit replayed.
+
+    Args:
+        model: the model, which is not touched.
+        network: the same, with the parameters that may change.
+        inputs: of the test set, n items.
+        batch_size: of full passes.
+        drift_items: how many items the drift was estimated on in the run that is continued; None for a new run.
+
+    Attributes:
+        untraced_because: why the model runs as it is; empty where it is traced.
+    """
+
+    def __init__(
+        self, model: nn.Module, network: Network, inputs: Inputs, batch_size: int, drift_items: int | None = None
+    ) -> None:
+        self._network, self._inputs, self._batch_size = network, inputs, batch_size
+        n = length(inputs)
+        self._sample = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:_SAMPLE].sort().values
+        with self._network.isolated(), torch.no_grad():
+            start = network.rounded(network.start)
+            exact = torch.cat([self._batch(start, i) for i in range(-(-n // batch_size))])
+            self._sample, self.base = self._sample.to(exact.device), answers(exact)
+            self._fine = self._engine(model, start, exact)
+            self._coarse = None if drift_items == n else self._faster(start)
+            self._on_sample = self._coarse is not None if drift_items is None else drift_items < n
+            self.drift_items = len(self._sample) if self._on_sample else n
+            weights = self._fine.weights(start)
+            before = self._fine.some(weights, self._sample) if self._on_sample else self._fine.over(weights)
+            self._before = before.log_softmax(1)
+
+    def predict(self, params: Params) -> Prediction:
+        """Return the answers, as a full pass gives them."""
+        with self._network.isolated(), torch.no_grad():
+            logits, exact = self._logits(params)
+            drift = _drift(self._before, logits[self._sample] if self._on_sample else logits)
+            return Prediction(self._untied(params, logits), drift, exact)
+
+    def _logits(self, params: Params) -> tuple[Tensor, int]:
+        weights = self._fine.weights(params)
+        if self._coarse is None:
+            return self._fine.over(weights), len(self.base)
+        coarse = self._coarse.over(self._coarse.weights(params))
+        logits, known = settle(coarse, lambda index: self._fine.some(weights, index), self._sample)
+        return logits, int(known.sum())
+
+    def _untied(self, params: Params, logits: Tensor) -> Tensor:
+        """Answer by full passes of their batches what is as close to a tie as the order of rounding decides."""
+        classes = answers(logits)
+        tied = (~(margins(logits) > self._rounding * logits.abs().amax())).nonzero().squeeze(1)
+        for number in sorted(set((tied // self._batch_size).tolist())):
+            found = answers(self._batch(params, number))
+            classes[number * self._batch_size :][: len(found)] = found
+        return classes
+
+    def _batch(self, params: Params, number: int) -> Tensor:
+        start = number * self._batch_size
+        return outputs(self._network.full(params), rows(self._inputs, slice(start, start + self._batch_size)))
+
+    def _engine(self, model: nn.Module, start: Params, exact: Tensor) -> Engine:
+        """Return the fastest engine that gives the same logits, and note how far it rounds from them."""
+        self.untraced_because = ""
+        try:
+            traced = Traced.of(model, self._network, self._inputs, self._batch_size)
+            self._rounding = _rounding(traced.over(traced.weights(start)), exact)
+            if self._rounding < 1e-3:
+                return traced
+            self.untraced_because = f"its logits are off by {self._rounding / 10:.1g} of the largest"
+        except Exception as error:  # whatever goes wrong on the fast way, the plain one is left
+            self.untraced_because = f"{type(error).__name__}: {error}"
+        replayed = Replayed(self._network, self._inputs, self._batch_size, self._sample)
+        self._rounding = _rounding(replayed.some(start, self._sample), exact[self._sample])
+        return replayed
+
+    def _faster(self, start: Params) -> Engine | None:
+        """Return a bfloat16 engine where it is faster, else None."""
+        n = len(self.base)
+        if n < _SCREENED or any(value.dtype != torch.float32 for value in start.values()):
+            return None
+        try:
+            rough = self._fine.rough()
+            weights, exact_weights = rough.weights(start), self._fine.weights(start)
+            items = len(self._fine.first(exact_weights))
+            fine = _quickest(lambda: self._fine.first(exact_weights))
+            coarse = _quickest(lambda: rough.first(weights))
+        except Exception:
+            return None
+        return rough if fine * n / items > _NEGLIGIBLE and coarse < _GAIN * fine else None
+
+
+def _rounding(logits: Tensor, exact: Tensor) -> float:
+    """Return ten times the error of logits without an edit, relative to the largest: what counts as a tie."""
+    return max(1e-6, 10 * float((logits - exact).abs().max() / exact.abs().max()))
+
+
+def _drift(before: Tensor, logits: Tensor) -> float:
+    """Return mean KL(before || after) in nats, given the log-probabilities before and the logits after."""
+    return float((before.exp() * (before - logits.log_softmax(1))).sum(1).mean())
+
+
+def _quickest(work: Callable[[], Any]) -> float:
+    times = []
+    for _ in range(4):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return min(times[1:])

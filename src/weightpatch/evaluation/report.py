@@ -1,0 +1,312 @@
+"""What a set of edits did: one row an edit, and a summary with intervals."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, final
+
+from rich.console import Console
+from rich.table import Table
+
+from ..editing import Result
+from ..errors import InvalidInput
+from .metrics import Estimate, Flips, bootstrap_mean, wilson
+
+__all__ = ["Checkpoint", "Impact", "Report", "Row", "Summary"]
+
+_HELD = (Result.satisfied, Result.already_satisfied)
+
+
+@final
+@dataclass(frozen=True)
+class Impact:
+    """What an edited model answers on the whole test set.
+
+    Attributes:
+        error: the share of wrong answers; an answer that is NaN is wrong.
+        flips: the answers that differ from those of the unedited model.
+        drift: mean KL(before || after) in nats, on `Report.drift_items` items; None where it is not finite.
+    """
+
+    error: float
+    flips: Flips
+    drift: float | None
+
+
+@final
+@dataclass(frozen=True)
+class Row:
+    """One edit.
+
+    Attributes:
+        index: its place in the sequence of edits.
+        result: how it ended, checked on the final weights in the model's own dtype.
+        steps: the updates made; an edit that fails has made all its editor allows.
+        violation: the largest violation on the final weights; None where it is not finite.
+        seconds: what the edit took, without the test set.
+        peak_bytes: growth of peak memory during the edit; None where it cannot be measured.
+        generality: the share of altered copies of its inputs that are answered as demanded; None where not measured.
+        impact: on the test set; None where the protocol does not measure it after every edit.
+    """
+
+    index: int
+    result: Result
+    steps: int
+    violation: float | None
+    seconds: float
+    peak_bytes: int | None
+    generality: float | None
+    impact: Impact | None
+
+
+@final
+@dataclass(frozen=True)
+class Checkpoint:
+    """The model after several edits, one on another.
+
+    Attributes:
+        edits: how many.
+        retained: how many of them hold now.
+        impact: of all of them together, against the unedited model.
+    """
+
+    edits: int
+    retained: int
+    impact: Impact
+
+    @property
+    def retention(self) -> Estimate:
+        """The share of these edits that hold now."""
+        return wilson(self.retained, self.edits)
+
+
+@final
+@dataclass(frozen=True)
+class Summary:
+    """Means over the edits that had something to do; 95 % intervals (Wilson for shares, seeded bootstrap for means).
+
+    Attributes:
+        edits: how many edits there were, without those whose demand held already.
+        already_satisfied: how many held already: 0-step no-ops, in no mean.
+        success: share of edits that hold on the final weights.
+        steps: mean number of updates; failures count with all the updates they made.
+        drawdown: mean of err(edited) - err(base), signed, in percentage points.
+        drawdown_absolute: mean of its absolute value, in percentage points.
+        drawdown_max: its largest value, in percentage points.
+        broken: mean number of test items that go from right to wrong.
+        repaired: mean number that go from wrong to right.
+        other: mean number that go from wrong to another wrong answer.
+        drift: mean KL(before || after) on the test set, nats, over the edits where it is finite.
+        generality: mean share of altered copies that are answered as demanded.
+        seconds: mean seconds an edit.
+        peak_bytes: the largest growth of memory; None where it was not measured.
+    """
+
+    edits: int
+    already_satisfied: int
+    success: Estimate
+    steps: Estimate
+    drawdown: Estimate | None
+    drawdown_absolute: Estimate | None
+    drawdown_max: float | None
+    broken: Estimate | None
+    repaired: Estimate | None
+    other: Estimate | None
+    drift: Estimate | None
+    generality: Estimate | None
+    seconds: Estimate
+    peak_bytes: int | None
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class Report:
+    """Success, locality, generality and cost of a set of edits.
+
+    Attributes:
+        editor: what made the edits.
+        parameters: what they might change.
+        protocol: how they were applied.
+        test_items: how many items the test set has.
+        drift_items: on how many of them the drift is estimated, always from float32 logits (a fixed seeded sample).
+        base_error: the share of wrong answers of the unedited model.
+        rows: one for every edit, in order.
+        checkpoints: of edits that were applied one on another.
+    """
+
+    editor: str
+    parameters: tuple[str, ...]
+    protocol: str
+    test_items: int
+    drift_items: int
+    base_error: float
+    rows: tuple[Row, ...]
+    checkpoints: tuple[Checkpoint, ...] = ()
+
+    @cached_property
+    def summary(self) -> Summary:
+        """Means over the edits, with intervals."""
+        rows = [row for row in self.rows if row.result is not Result.already_satisfied]
+        impacts = [row.impact for row in rows if row.impact is not None]
+        drawdowns = [100 * (impact.error - self.base_error) for impact in impacts]
+        peaks = [row.peak_bytes for row in rows if row.peak_bytes is not None]
+        return Summary(
+            edits=len(rows),
+            already_satisfied=len(self.rows) - len(rows),
+            success=wilson(sum(row.result in _HELD for row in rows), len(rows)),
+            steps=bootstrap_mean([row.steps for row in rows]),
+            drawdown=_mean(drawdowns),
+            drawdown_absolute=_mean(map(abs, drawdowns)),
+            drawdown_max=max(drawdowns, default=None),
+            broken=_mean(impact.flips.broken for impact in impacts),
+            repaired=_mean(impact.flips.repaired for impact in impacts),
+            other=_mean(impact.flips.other for impact in impacts),
+            drift=_mean(impact.drift for impact in impacts if impact.drift is not None),
+            generality=_mean(row.generality for row in rows if row.generality is not None),
+            seconds=bootstrap_mean([row.seconds for row in rows]),
+            peak_bytes=max(peaks, default=None),
+        )
+
+    def __repr__(self) -> str:
+        found, text = self.summary, f"Report({self.editor} on {', '.join(self.parameters)}, {self.protocol}: "
+        text += f"{found.edits} edits, success {100 * found.success.value:.1f} %, {found.steps.value:.2f} steps"
+        if found.drawdown is not None:
+            text += f", drawdown {found.drawdown.value:+.3f} pp"
+        if self.checkpoints:
+            last = self.checkpoints[-1]
+            text += f", {last.retained} of {last.edits} retained"
+        return text + f", base error {100 * self.base_error:.2f} %)"
+
+    def __str__(self) -> str:
+        console = Console(width=100, record=False, force_terminal=False, no_color=True)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip("\n")
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterable[Table]:
+        """Yield the tables that rich prints."""
+        yield _summary_table(self)
+        if self.checkpoints:
+            yield _checkpoint_table(self)
+
+    def to_json(self) -> str:
+        """Return the report as JSON: the summary, then all rows; `from_json` reads it back."""
+        content = {
+            name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("rows", "checkpoints")
+        }
+        content["summary"] = asdict(self.summary)
+        content["rows"] = [encode_row(row) for row in self.rows]
+        content["checkpoints"] = [asdict(checkpoint) for checkpoint in self.checkpoints]
+        return json.dumps(_finite(content), indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Read what `to_json` wrote; the summary is computed again from the rows."""
+        try:
+            content = json.loads(text)
+            content.pop("summary")
+            content["parameters"] = tuple(content["parameters"])
+            content["rows"] = tuple(map(decode_row, content["rows"]))
+            content["checkpoints"] = tuple(map(decode_checkpoint, content["checkpoints"]))
+            return cls(**content)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidInput(
+                f"this is not a report that weightpatch wrote ({error}); expected what Report.to_json returns"
+            ) from error
+
+    def save(self, path: str | Path) -> Path:
+        """Write `to_json` to a file, making its folder; return the path."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.to_json() + "\n", encoding="utf-8")
+        return path
+
+
+def encode_row(row: Row) -> dict[str, Any]:
+    """Return a row as plain JSON values."""
+    return {**asdict(row), "result": row.result.name}
+
+
+def decode_row(content: dict[str, Any]) -> Row:
+    """Read what `encode_row` returned."""
+    impact = content["impact"]
+    return Row(**{**content, "result": Result[content["result"]], "impact": impact and _decode_impact(impact)})
+
+
+def decode_checkpoint(content: dict[str, Any]) -> Checkpoint:
+    """Read a checkpoint from plain JSON values."""
+    return Checkpoint(**{**content, "impact": _decode_impact(content["impact"])})
+
+
+def _decode_impact(content: dict[str, Any]) -> Impact:
+    return Impact(**{**content, "flips": Flips(**content["flips"])})
+
+
+def _mean(values: Iterable[float]) -> Estimate | None:
+    found = list(values)
+    return bootstrap_mean(found) if found else None
+
+
+def _finite(value: Any) -> Any:
+    """Replace NaN, which JSON does not have, by null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _summary_table(report: Report) -> Table:
+    found = report.summary
+    apart = f", {found.already_satisfied} more held already" if found.already_satisfied else ""
+    table = Table(
+        title=f"{found.edits} edits{apart} · {report.editor} on {', '.join(report.parameters)} · {report.protocol}"
+    )
+    for heading in ("", "value", "95 % interval"):
+        table.add_column(heading, justify="left" if not heading else "right")
+
+    def add(name: str, estimate: Estimate | None, show: Callable[[float], str]) -> None:
+        if estimate is not None and not math.isnan(estimate.value):
+            table.add_row(name, show(estimate.value), f"{show(estimate.low)} to {show(estimate.high)}")
+
+    table.add_row("base error", _percent(report.base_error), f"{report.test_items} test items")
+    add("success", found.success, _percent)
+    add("steps", found.steps, "{:.2f}".format)
+    add("drawdown, signed", found.drawdown, _points)
+    add("drawdown, absolute", found.drawdown_absolute, _points)
+    if found.drawdown_max is not None:
+        table.add_row("drawdown, largest", _points(found.drawdown_max), "")
+    for name in ("broken", "repaired", "other"):
+        add(f"answers {name}", getattr(found, name), "{:.2f}".format)
+    add(f"drift on {report.drift_items} items", found.drift, "{:.3g} nats".format)
+    add("generality", found.generality, _percent)
+    add("seconds an edit", found.seconds, "{:.3g}".format)
+    if found.peak_bytes is not None:
+        table.add_row("peak memory", f"{found.peak_bytes / 1e6:.1f} MB", "")
+    return table
+
+
+def _checkpoint_table(report: Report) -> Table:
+    table = Table(title="one edit on another")
+    for heading in ("edits", "retained", "drawdown", "broken", "repaired", "other", "drift"):
+        table.add_column(heading, justify="right")
+    for point in report.checkpoints:
+        impact = point.impact
+        flipped = (str(getattr(impact.flips, name)) for name in ("broken", "repaired", "other"))
+        drift = "not finite" if impact.drift is None else f"{impact.drift:.3g} nats"
+        drawdown = _points(100 * (impact.error - report.base_error))
+        table.add_row(str(point.edits), _percent(point.retention.value), drawdown, *flipped, drift)
+    return table
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def _points(value: float) -> str:
+    return f"{value:+.3f} pp"

@@ -1,0 +1,232 @@
+"""The fast answers to a test set against copying the model and running all of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zoo
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from weightpatch.evaluation import engines, predictor
+from weightpatch.evaluation.predictor import FastPredictor, SlowPredictor
+from weightpatch.evaluation.screening import answers, margins, settle, spread
+from weightpatch.evaluation.steps import channels_last
+from weightpatch.evaluation.tracing import Trace
+from weightpatch.network import Network, structural_clone
+
+BATCH = 16
+
+
+@pytest.fixture
+def _always_rough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Approximate first, whatever a timing on this machine says."""
+    monkeypatch.setattr(predictor, "_SCREENED", 0)
+    monkeypatch.setattr(predictor, "_GAIN", float("inf"))
+    monkeypatch.setattr(predictor, "_NEGLIGIBLE", -1.0)
+    monkeypatch.setattr(predictor, "_SAMPLE", 10)
+
+
+def diverse(model: nn.Module, inputs: Tensor) -> nn.Module:
+    """Centre the logits, so that the answers are of many classes."""
+    with torch.no_grad():
+        logits = model.eval()(inputs)
+        biases = [p for n, p in model.named_parameters() if p.shape == logits.shape[1:] and n.endswith("bias")]
+        if biases:
+            biases[-1] -= logits.mean(0)
+    return model
+
+
+def edited(network: Network, scale: float, seed: int = 0) -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    moved = {n: p + scale * p.abs().mean() * torch.randn(p.shape, generator=random) for n, p in network.start.items()}
+    return network.rounded(moved)
+
+
+def compared(model: nn.Module, parameters: str, inputs: Tensor) -> tuple[FastPredictor, SlowPredictor, Network]:
+    network = Network(model, parameters)
+    fast, slow = FastPredictor(model, network, inputs, BATCH), SlowPredictor(model, network, inputs, BATCH)
+    assert torch.equal(fast.base, slow.base)
+    return fast, slow, network
+
+
+def agree(fast: FastPredictor, slow: SlowPredictor, network: Network) -> list[Tensor]:
+    found = []
+    for seed, scale in enumerate((0.01, 0.1, 1.0)):
+        params = edited(network, scale, seed)
+        ours, theirs = fast.predict(params), slow.predict(params)
+        assert torch.equal(ours.classes, theirs.classes)
+        if fast.drift_items == slow.drift_items:
+            assert ours.drift == pytest.approx(theirs.drift, rel=1e-4, abs=1e-7)
+        found.append(theirs.classes)
+    unchanged = fast.predict(network.rounded(network.start))
+    assert torch.equal(unchanged.classes, slow.base)
+    assert abs(unchanged.drift) < 1e-6
+    return found
+
+
+def test_every_kind_of_model(case: zoo.Case) -> None:
+    model = diverse(case.model(), case.inputs(61))
+    before = zoo.digest(model)
+    found = agree(*compared(model, case.parameters, case.inputs(61)))
+    assert zoo.digest(model) == before
+    assert any(len(classes.unique()) > 1 for classes in found)
+
+
+@pytest.mark.usefixtures("_always_rough")
+def test_every_kind_of_model_screened(case: zoo.Case) -> None:
+    fast, slow, network = compared(diverse(case.model(), case.inputs(61)), case.parameters, case.inputs(61))
+    assert (fast.drift_items < 61) == (network.rounded(network.start)[network.names[0]].dtype == torch.float32)
+    agree(fast, slow, network)
+
+
+@pytest.mark.usefixtures("_always_rough")
+@pytest.mark.parametrize(
+    "parameters", ["*", "layer1.*", "layer2.1.*", "layer2.0.downsample.*", "layer1.1.bn2.*", "fc.*"]
+)
+def test_every_part_of_a_residual_network(parameters: str) -> None:
+    case = next(case for case in zoo.CASES if case.name == "resnet")
+    fast, slow, network = compared(diverse(case.model(), case.inputs(61)), parameters, case.inputs(61))
+    assert fast.untraced_because == ""
+    agree(fast, slow, network)
+    assert fast.predict(edited(network, 0.01)).exact < 61  # some items were far enough from a tie
+
+
+def test_a_convolution_swallows_what_follows_it() -> None:
+    model = structural_clone(next(case for case in zoo.CASES if case.name == "resnet").model())
+    trace = Trace(model, ("layer2.1.conv1.weight",))
+    assert [type(step).__name__ for step in trace.after] == ["Convolution", "Convolution", "Call", "Whole"]
+    assert [node.name for node in trace.cuts] == ["layer2_0_relu_1"]
+
+
+def test_what_does_not_fit_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "BUDGET", 1000)
+    case = next(case for case in zoo.CASES if case.name == "resnet")
+    agree(*compared(case.model(), "layer2.*", case.inputs(40)))
+
+
+class Branching(nn.Module):
+    """Branches on values, so that it cannot be traced; changes what it records in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = self.first(x)
+        if float(x.sum()) == float("inf"):
+            h = -h
+        h += self.middle(h)
+        return {"logits": self.last(h)}
+
+
+class Adding(nn.Module):
+    """Adds in place to what precedes the edit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h += self.middle(x)
+        return self.last(torch.relu_(h))
+
+
+@pytest.mark.usefixtures("_always_rough")
+@pytest.mark.parametrize(("kind", "traced"), [(Branching, False), (Adding, True)])
+def test_models_that_are_hard_to_record(kind: type[nn.Module], traced: bool) -> None:
+    torch.manual_seed(0)
+    fast, slow, network = compared(kind(), "middle.*", torch.randn(61, 6))
+    assert (fast.untraced_because == "") == traced
+    agree(fast, slow, network)
+    agree(fast, slow, network)
+
+
+def test_batches_that_were_not_recorded_run_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "BUDGET", 600)
+    torch.manual_seed(0)
+    agree(*compared(Branching(), "last.*", torch.randn(61, 6)))
+
+
+@pytest.mark.usefixtures("_always_rough")
+def test_ties_and_nan_are_answered_as_by_a_full_pass() -> None:
+    torch.manual_seed(0)
+    fast, slow, network = compared(zoo.mlp(), "3.*", torch.randn(61, 6))
+    for value in (0.0, float("nan"), float("inf"), 1e30):
+        params = {name: torch.full_like(p, value) for name, p in network.start.items()}
+        ours, theirs = fast.predict(params), slow.predict(params)
+        assert torch.equal(ours.classes, theirs.classes)
+        assert ours.exact == 61 or value == 1e30
+    assert (theirs.classes != -1).all()
+    assert (fast.predict({n: torch.full_like(p, torch.nan) for n, p in network.start.items()}).classes == -1).all()
+
+
+@pytest.mark.usefixtures("_always_rough")
+def test_a_run_that_is_continued_estimates_the_drift_on_the_same_items() -> None:
+    torch.manual_seed(0)
+    model, inputs = zoo.mlp(), torch.randn(61, 6)
+    network = Network(model, "3.*")
+    params = edited(network, 0.3)
+    new = FastPredictor(model, network, inputs, BATCH)
+    assert new.drift_items == 10
+    for items in (10, 61):
+        again = FastPredictor(model, network, inputs, BATCH, drift_items=items)
+        assert again.drift_items == items
+    slow = SlowPredictor(model, network, inputs, BATCH)
+    assert again.predict(params).drift == pytest.approx(slow.predict(params).drift, rel=1e-4)
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 10_000), st.floats(0, 2), st.integers(2, 6))
+def test_settle_finds_every_answer_within_the_assumed_error(seed: int, noise: float, classes: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    exact = torch.randn(200, classes, generator=random)
+    coarse = exact + noise * (2 * torch.rand(200, classes, generator=random) - 1)
+    logits, known = settle(coarse, lambda index: exact[index], torch.arange(40))
+    assert torch.equal(logits.argmax(1), exact.argmax(1))
+    assert torch.equal(logits[known], exact[known])
+    assert known[:40].all()
+
+
+def test_settle_widens_when_the_items_near_a_tie_err_more_than_the_sample() -> None:
+    exact = torch.tensor([[5.0, 0.0]] * 4 + [[0.0, 0.3], [2.0, 0.0], [0.0, 9.0]])
+    coarse = exact.clone()
+    coarse[0, 0] += 0.2  # the sample errs by 0.2, so that margins within 0.4 are computed again
+    coarse[4] = torch.tensor([0.2, 0.0])  # errs by 0.5: margins within 1 follow ...
+    coarse[5] = torch.tensor([0.0, 0.9])  # ... which errs by 2.9: and within 5.8
+    asked: list[list[int]] = []
+    logits, known = settle(coarse, lambda index: (asked.append(index.tolist()), exact[index])[1], torch.tensor([0]))
+    assert asked == [[0], [4], [5], [1, 2, 3]]
+    assert known.tolist() == [True] * 6 + [False]
+    assert torch.equal(logits.argmax(1), exact.argmax(1))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_settle_trusts_nothing_that_is_not_finite(bad: float) -> None:
+    exact = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    everywhere = settle(torch.full_like(exact, bad), lambda index: exact[index], torch.arange(5))
+    assert everywhere[1].all()
+    coarse = exact.clone()
+    coarse[30] = torch.tensor([bad, bad, 0.0])
+    logits, known = settle(coarse, lambda index: exact[index], torch.arange(5))
+    assert known[30]
+    assert torch.equal(logits, exact)
+
+
+def test_margins_spread_and_answers() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.5], [2.0, 2.0, 0.0], [float("nan"), 1.0, 0.0]])
+    assert margins(logits)[:2].tolist() == [0.5, 0.0]
+    assert margins(logits)[2].isnan()
+    assert answers(logits).tolist() == [1, 0, -1]
+    assert spread(torch.tensor([[0.5, -1.0, 0.0]])).item() == 1.5
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 4, 4), (2, 5, 1, 1), (2, 3, 4, 5)])
+def test_channels_last_has_its_strides_also_where_a_dimension_is_one(shape: tuple[int, ...]) -> None:
+    value = torch.randn(shape)
+    found = channels_last(value)
+    assert torch.equal(found, value)
+    assert found.permute(0, 2, 3, 1).stride() == torch.empty(shape[0], *shape[2:], shape[1]).stride()
+    assert channels_last(found) is found
