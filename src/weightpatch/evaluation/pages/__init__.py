@@ -1,0 +1,6 @@
+"""Pages: what an edit did, or how two models differ, as one self-contained HTML file and a JSON file of its numbers."""
+
+from ._comparison_page import comparison_page
+from ._edit_page import edit_page
+
+__all__ = ["comparison_page", "edit_page"]

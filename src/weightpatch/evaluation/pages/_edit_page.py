@@ -1,0 +1,165 @@
+"""The page of one edit: a pull request for weights, to be read before it is merged."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import nn
+
+from ..._calling import Function, length
+from ...constraints import Constraint
+from ...editing import Edit, Result
+from ...network import Network, preserved_rng, structural_clone
+from ...patches import Patch
+from ..comparison import Comparison, TestSet, check_labels, compare
+from ..curve import STRENGTHS, Curve, between, places, sweep
+from ..report import Report
+from ._changes import Changes, changes
+from ._mistakes import Demand, Mistake, demands, mistakes
+from ._pictures import Picture
+from ._plots import drawdown_line, slack_line
+from ._render import page_path, write
+from ._tables import table
+from ._words import Names
+
+__all__ = ["edit_page"]
+
+_MISTAKES = 6
+_BATCH = 512
+
+
+def edit_page(
+    path: str | os.PathLike[str],
+    *,
+    model: nn.Module,
+    edit: Edit,
+    constraint: Constraint | None = None,
+    test: TestSet,
+    classes: Sequence[str] = (),
+    picture: Picture | None = None,
+    tables: Sequence[tuple[str, Report]] = (),
+) -> Path:
+    """Write what an edit did as an HTML page, with every number in a JSON file beside it; return the page's path.
+
+    The patch is measured on the whole test set at eleven strengths; the model is left as it is.
+
+    Args:
+        path: where the page goes; the numbers go to the same name with the suffix `.json`.
+        model: the model that was edited, without the patch.
+        edit: what `weightpatch.edit` returned for it.
+        constraint: what was asked; the edit's own when not given.
+        test: labelled items on which to measure what else changed.
+        classes: the classes' names.
+        picture: how to draw one input; see `comparison_page`.
+        tables: results of `weightpatch.evaluate` to show beside, each with a title.
+
+    Raises:
+        InvalidInput: the test set cannot be used, or the path is not that of a page.
+        MissingExtra: Jinja2 is not installed.
+    """
+    place = page_path(path)
+    check_labels(test[1], length(test[0]))
+    names = Names(classes)
+    found = _measure(model, edit, edit.constraint if constraint is None else constraint, test, names, picture)
+    seen = changes(found.comparison, test[0], names, picture, found.asked)
+    manifest = edit.patch.manifest.to_json() if edit.patch is not None else None
+    view = {
+        "edit": edit,
+        "held": edit.result in (Result.satisfied, Result.already_satisfied),
+        "found": found,
+        "changes": seen,
+        "lines": _lines(found.curve),
+        "manifest": manifest,
+        "constraint": edit.constraint.kind,
+        "sizes": _sizes(edit.patch),
+        "tables": [table(title, report) for title, report in tables],
+    }
+    return write(place, "edit.html.j2", view, _facts(edit, found, seen, manifest, classes, tables))
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What the page tells of an edit: each demand, the comparison at full strength, and the curve (None for no patch)."""
+
+    demands: list[Demand]
+    mistakes: list[Mistake]
+    asked: frozenset[int]
+    comparison: Comparison
+    curve: Curve | None
+
+
+def _measure(
+    model: nn.Module, edit: Edit, constraint: Constraint, test: TestSet, classes: Names, picture: Picture | None
+) -> Measured:
+    with preserved_rng(), torch.no_grad():
+        before, after, bound, comparison, curve = _both(model, edit.patch, constraint, test)
+        kinds = demands(bound, before, after)
+        shown, asked = mistakes(bound, before, after, classes, picture, test[0], _MISTAKES)
+    return Measured(kinds, shown, frozenset(asked), comparison, curve)
+
+
+def _both(
+    model: nn.Module, patch: Patch | None, constraint: Constraint, test: TestSet
+) -> tuple[Function, Function, Constraint, Comparison, Curve | None]:
+    """Return the model before and after, the bound constraint, and what differs on the test set."""
+    if patch is None or not patch.operations:
+        same = structural_clone(model)
+        return same, same, constraint.bind(same), compare(same, same, test, batch_size=_BATCH), None
+    network = Network(model, places(model, patch))
+    bound = constraint.bind(network.before)
+    curve, comparison = sweep(network, patch, bound, test, STRENGTHS, _BATCH)
+    return network.before, network.at(between(network, patch, 1.0)), bound, comparison, curve
+
+
+def _lines(curve: Curve | None) -> dict[str, Any] | None:
+    return None if curve is None else {"slack": slack_line(curve), "drawdown": drawdown_line(curve)}
+
+
+def _sizes(patch: Patch | None) -> list[dict[str, Any]]:
+    """Say what the patch holds, largest first."""
+    if patch is None:
+        return []
+    entries = {entry.name: entry for entry in patch.manifest.tensors}
+    found = [
+        {"name": name, "kind": operation.kind, "shape": list(entries[name].shape), "bytes": operation.nbytes}
+        for name, operation in patch.operations.items()
+    ]
+    return sorted(found, key=lambda item: (-item["bytes"], item["name"]))
+
+
+def _facts(
+    edit: Edit,
+    found: Measured,
+    seen: Changes,
+    manifest: dict[str, Any] | None,
+    classes: Sequence[str],
+    tables: Sequence[tuple[str, Report]],
+) -> dict[str, Any]:
+    patch = edit.patch
+    plain = [{**asdict(card), "picture": None} for card in seen.cards]
+    return {
+        "result": edit.result.name,
+        "advice": edit.result.value,
+        "steps": edit.steps,
+        "violation": edit.violation,
+        "drift": edit.drift,
+        "cost": {"seconds": edit.cost.seconds, "peak_bytes": edit.cost.peak_bytes},
+        "editor": repr(edit.editor),
+        "constraint": edit.constraint.kind,
+        "patch": None
+        if patch is None
+        else {"id": patch.id, "bytes": patch.nbytes, "tensors": _sizes(patch), "manifest": manifest},
+        "classes": list(classes),
+        "demands": [asdict(demand) for demand in found.demands],
+        "mistakes": [{**asdict(mistake), "picture": None} for mistake in found.mistakes],
+        "comparison": found.comparison.to_json(),
+        "shown": plain,
+        "curve": None if found.curve is None else found.curve.to_json(),
+        "evaluations": [{"title": title, "summary": asdict(report.summary)} for title, report in tables],
+    }
