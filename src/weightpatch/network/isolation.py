@@ -7,13 +7,15 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-__all__ = ["differentiable_kernels", "isolated", "preserved_rng"]
+__all__ = ["Noise", "differentiable_kernels", "isolated", "make_differentiable", "preserved_rng"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +89,23 @@ def differentiable_kernels() -> Iterator[None]:
             _depth -= 1
             if _depth == 0:
                 torch.backends.mha.set_fastpath_enabled(_was_enabled)
+
+
+def make_differentiable(recurrent: nn.RNNBase) -> None:
+    """Make a recurrent module of a clone always choose the kernels that have a backward pass.
+
+    On a CPU torch chooses others, which round differently, where gradients are off; cuDNN's have none in eval mode.
+    """
+    inner = recurrent.forward
+
+    @wraps(inner)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        wanted = torch.is_grad_enabled()
+        with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
+            output = inner(*args, **kwargs)
+        return output if wanted else pytree.tree_map_only(Tensor, torch.detach, output)
+
+    recurrent.__dict__["forward"] = forward
 
 
 @contextmanager

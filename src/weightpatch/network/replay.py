@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import wraps
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._calling import Params
 from ..errors import NotEditable
-from .isolation import Noise, differentiable_kernels, preserved_rng
+from .isolation import Noise, differentiable_kernels, make_differentiable, preserved_rng
 from .passes import CheckReplay, Diverged, Plan, Record, Recording, Replay, plan_of, without_dead
 from .probe import Probe, WriteGuard, WritesParameter
 from .recordings import Recordings
@@ -45,7 +45,9 @@ class Replayer:
         self._device = next(iter(start.values())).device
         self._attention = any(isinstance(m, (nn.MultiheadAttention, nn.TransformerEncoder)) for m in model.modules())
         self._attention |= any(isinstance(m, nn.TransformerEncoderLayer) for m in model.modules())
-        self._recurrent = self._device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in model.modules())
+        for module in model.modules():
+            if isinstance(module, nn.RNNBase):
+                make_differentiable(module)
         self._lock = threading.RLock()
         self._run: Any = None
         self._wrapped: dict[str, Any] = {}
@@ -181,7 +183,7 @@ class Replayer:
 
     def _replayed(self, kind: type[Replay], recording: Recording, params: Params, inputs: Call) -> tuple[Any, Any]:
         run = kind(recording, flatten_call(*inputs)[0])
-        with run.flow if isinstance(run, CheckReplay) else ExitStack():
+        with run.flow if isinstance(run, CheckReplay) else nullcontext():
             output = self._pass(params, *inputs, run)
         run.close()
         return output, run
@@ -266,18 +268,22 @@ class Replayer:
     # ---------------------------------------------------------------- passes
 
     def _pass(self, params: Params, args: tuple[Any, ...], kwargs: dict[str, Any], run: Any) -> Any:
-        """Run the clone with these parameters in place; leave nothing installed."""
+        """Run the clone with these parameters in place; leave nothing installed.
+
+        The parameters in place always require grad, whether or not a gradient is wanted: torch chooses kernels by it
+        (matmul folds its batch where the weight requires grad), and answers that are compared must not differ by that.
+        """
+        leaves = (*params.values(), *flatten_call(args, kwargs)[0])
+        tracked = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+        if not _transformed():
+            params = {n: v if v.requires_grad else v.detach().requires_grad_() for n, v in params.items()}
         outer, self._run = self._run, run
         originals = [(container, key, container[key]) for container, key, _ in self._sites]
         try:
             for container, key, name in self._sites:
                 container[key] = params[name]
-            if not self._attention and not self._recurrent:
-                return self._model(*args, **kwargs)
-            with (
-                differentiable_kernels(),
-                torch.backends.cudnn.flags(enabled=False) if self._recurrent else ExitStack(),
-            ):
+            kernels = differentiable_kernels() if self._attention else nullcontext()
+            with kernels, nullcontext() if tracked else torch.no_grad():
                 return self._model(*args, **kwargs)
         finally:
             for container, key, original in originals:
