@@ -1,11 +1,11 @@
-"""The table of editors on Fashion-MNIST: every editor on the whole model and on each block, 1000 random-label test edits.
+"""The table of editors on Fashion-MNIST: each on the whole model and on each block, 1000 random-label test edits.
 
-    python benchmarks/fashion_table.py            # all rows; a killed run continues (--shard 0/2 and 1/2 in two processes)
+    python benchmarks/fashion_table.py            # all rows; a killed run continues (--shard 0/2 and 1/2 in parallel)
     python benchmarks/fashion_table.py --show     # print the stored table
 
-Learning rates are chosen on a validation split: edits of held-out training images, drawdown on the same 5,000 images, which
-the shipped classifier never saw. The rule: of the rates whose success is within one point of the best one's, the least
-absolute drawdown. `Shrink` rows wrap each editor, with the chosen rate, on the block its validation favours.
+Learning rates are chosen on a validation split: edits of held-out training images, drawdown on the same 5,000 images,
+which the shipped classifier never saw. The rule: of the rates whose success is within one point of the best one's, the
+least absolute drawdown. `Shrink` rows wrap each editor, with the chosen rate, on the block its validation favours.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ from weightpatch.editors import (
     ScaledGradientDescent,
     Shrink,
 )
+from weightpatch.evaluation import figures
 from weightpatch.tasks import images
 
 HERE = Path(__file__).parent
@@ -105,9 +106,16 @@ def run(rows: list[Row], held_out: images.LabelledImages, test: images.LabelledI
         lr, validation = choose(row, held_out, runs)
         editor = replace(row.editor, lr=lr)
         report = measure(row, Shrink(editor) if row.shrink else editor, test, edits, f"test-{row.key}", runs)
-        facts = {"row": row.key, "scope": row.scope, "lr": lr, "validation": validation, "report": report.to_json()}
+        facts = {
+            "row": row.key,
+            "scope": row.scope,
+            "lr": lr,
+            "validation": validation,
+            "figures": figures(report),
+            "summary": asdict(report.summary),
+        }
         (runs / f"{row.key}.json").write_text(json.dumps(facts))
-        print(f"{row.key:45} lr {lr:<8g} {report.table_row()}", flush=True)
+        print(f"{row.key:45} lr {lr:<8g} {figures(report)}", flush=True)
 
 
 def plain_rows() -> list[Row]:
@@ -144,18 +152,21 @@ def collect(runs: Path) -> None:
 
 def table(plain: list[dict], shrunk: list[dict], machine: str) -> str:
     rows = plain + shrunk
-    columns = list(rows[0]["report"]["table_row"]) if rows else []
+    columns = list(rows[0]["figures"]) if rows else []
     lines = [
         "# Editors on Fashion-MNIST\n",
-        f"{EDITS} random-label edits of test images, k = 10 steps, margin 0, one at a time, each measured on all 10,000 test images.",
+        f"{EDITS} random-label edits of test images, k = 10 steps, margin 0, one at a time, each measured on all 10,000 "
+        "test images.",
         "Learning rates were chosen on held-out training images. Made by `python benchmarks/fashion_table.py` on "
-        f"{machine}, torch {torch.__version__}; milliseconds include the measurement on the test set only where named.\n",
+        f"{machine}, torch {torch.__version__}. Drawdown in percentage points; milliseconds are of the edit alone.\n",
         "| editor | edited | lr | " + " | ".join(columns) + " |",
         "|---|---|---|" + "---:|" * len(columns),
     ]
     for facts in rows:
-        name, cells = facts["row"].split("-")[0], facts["report"]["table_row"]
-        lines.append(f"| {name} | {facts['scope']} | {facts['lr']:g} | " + " | ".join(str(cells[c]) for c in columns) + " |")
+        name, cells = facts["row"].split("-")[0], facts["figures"]
+        lines.append(
+            f"| {name} | {facts['scope']} | {facts['lr']:g} | " + " | ".join(str(cells[c]) for c in columns) + " |"
+        )
     return "\n".join(lines) + "\n"
 
 

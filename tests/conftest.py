@@ -3,7 +3,6 @@ from __future__ import annotations
 import hypothesis
 import pytest
 import torch
-
 import zoo
 
 # Timings on a shared machine say nothing, and a suite that every change must pass has to give one answer.

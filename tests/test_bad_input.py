@@ -6,11 +6,11 @@ import re
 
 import pytest
 import torch
+import zoo
+from test_contract import mistake
 from torch import Tensor, nn
 
 import weightpatch as wp
-import zoo
-from test_contract import mistake
 from weightpatch.constraints import Classified, Kept, Within
 from weightpatch.editing import Result
 from weightpatch.editors import GradientDescent, RMSProp
@@ -34,7 +34,12 @@ def x(n: int = 1) -> Tensor:
 def refuses(model: nn.Module, error: type[BaseException], says: str, fix, parameters="fc.*", editor=None) -> None:
     untouched = zoo.digest(model)
     with pytest.raises(error) as caught:
-        wp.edit(model, fix() if callable(fix) and not isinstance(fix, wp.constraints.Constraint) else fix, editor, parameters=parameters)
+        wp.edit(
+            model,
+            fix() if callable(fix) and not isinstance(fix, wp.constraints.Constraint) else fix,
+            editor,
+            parameters=parameters,
+        )
     text = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
     assert re.search(says, text), text
     assert zoo.digest(model) == untouched
@@ -69,10 +74,20 @@ def test_outputs_that_are_not_finite():
 
 def test_wrong_shape_dtype_and_device():
     model = RESNET.model()
-    refuses(model, RuntimeError, r"\(1, 4, 8, 8\) float32.*first weight is conv1.weight \(8, 3, 3, 3\)", Classified(torch.ones(1, 4, 8, 8), LABEL))
+    refuses(
+        model,
+        RuntimeError,
+        r"\(1, 4, 8, 8\) float32.*first weight is conv1.weight \(8, 3, 3, 3\)",
+        Classified(torch.ones(1, 4, 8, 8), LABEL),
+    )
     refuses(model, RuntimeError, "float64.*Check the shape, dtype and device", Classified(x().double(), LABEL))
     refuses(model, InvalidInput, "on meta", lambda: Classified(x().to("meta"), LABEL))
-    refuses(model, ShapeMismatch, r"targets of shape \(1, 4\); the model returns \(1, 5\)", Within(x(), torch.zeros(1, 4), 1.0))
+    refuses(
+        model,
+        ShapeMismatch,
+        r"targets of shape \(1, 4\); the model returns \(1, 5\)",
+        Within(x(), torch.zeros(1, 4), 1.0),
+    )
     refuses(model, ShapeMismatch, "one target per input", lambda: Within(x(2), torch.zeros(1, 5), 1.0))
 
 
@@ -121,7 +136,7 @@ def test_meta_quantised_and_scripted_models():
             return x @ self.weight.float().T
 
     refuses(Quantised(), NotEditable, "int8", Classified(torch.ones(1, 6), LABEL), parameters="*")
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="script"):
         scripted = torch.jit.script(nn.Linear(6, 5))
     with pytest.raises(NotEditable, match=r"[Ss]cript"):
         wp.edit(scripted, Classified(torch.ones(1, 6), LABEL))
@@ -137,7 +152,9 @@ def test_an_unreachable_constraint_ends_unsatisfied():
     model = RESNET.model()
     untouched = zoo.digest(model)
     same = torch.cat([x(), x() + 1e-7])  # two inputs that no late layer can tell apart
-    found = wp.edit(model, Classified(same, torch.tensor([0, 1])), GradientDescent(lr=0.1, max_steps=20), parameters="fc.*")
+    found = wp.edit(
+        model, Classified(same, torch.tensor([0, 1])), GradientDescent(lr=0.1, max_steps=20), parameters="fc.*"
+    )
     assert found.result is Result.unsatisfied
     assert found.violation > 0
     assert zoo.digest(model) == untouched

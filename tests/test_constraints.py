@@ -26,7 +26,9 @@ def test_classified_is_the_log_probability_gap_of_the_paper():
 
 
 @given(st.lists(st.floats(-50, 50, width=32), min_size=2, max_size=6), st.data())
-def test_classified_without_margin_is_met_exactly_when_the_label_is_the_strict_winner(values: list[float], data: st.DataObject):
+def test_classified_without_margin_is_met_exactly_when_the_label_is_the_strict_winner(
+    values: list[float], data: st.DataObject
+):
     label = data.draw(st.integers(0, len(values) - 1))
     fix = Classified(torch.zeros(1, 1), torch.tensor([label]))
     strict = all(values[label] > v for i, v in enumerate(values) if i != label)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import zoo
 
 import weightpatch as wp
-import zoo
 from weightpatch.constraints import Classified
 from weightpatch.editing import Result
 
@@ -79,5 +79,7 @@ def test_an_edit_that_holds_already_changes_nothing(case: zoo.Case, editor: wp.e
 
 
 def test_edits_are_deterministic(case: zoo.Case, editor: wp.editors.Editor):
-    fixes = [wp.edit(m := case.model(), mistake(m, case.inputs(1)), editor, parameters=case.parameters) for _ in range(2)]
+    fixes = [
+        wp.edit(m := case.model(), mistake(m, case.inputs(1)), editor, parameters=case.parameters) for _ in range(2)
+    ]
     assert fixes[0].patch.id == fixes[1].patch.id

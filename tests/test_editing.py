@@ -5,12 +5,12 @@ import random
 import numpy as np
 import pytest
 import torch
+import zoo
+from test_contract import mistake
 from torch import Tensor, nn
 
 import weightpatch as wp
-import zoo
-from test_contract import mistake
-from weightpatch.constraints import Classified, Constraint, Kept, Within
+from weightpatch.constraints import Constraint, Kept, Within
 from weightpatch.editing import Result
 from weightpatch.editors import Editor, GradientDescent, RMSProp, Shrink, Solution
 from weightpatch.errors import EditFailed, InvalidInput

@@ -43,7 +43,9 @@ def imports(path: Path) -> set[str]:
 
 
 def test_every_part_has_a_layer():
-    parts = {p.stem if p.is_file() else p.name for p in SOURCE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    parts = {
+        p.stem if p.is_file() else p.name for p in SOURCE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()
+    }
     assert parts - {"__init__", "__main__"} == set(RANK)
 
 
@@ -63,5 +65,7 @@ def test_imports_point_downwards():
 def test_nothing_heavy_is_imported_for_the_command_line():
     for path in (SOURCE / "cli").rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None) or ""]
+            names = (
+                [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None) or ""]
+            )
             assert not any(name.split(".")[0] in ("torch", "numpy", "matplotlib") for name in names if name), path

@@ -54,6 +54,8 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ShapeMismatch, match="False everywhere"):
         Locality(torch.zeros(2, 2), torch.zeros(2, dtype=torch.bool))
     with pytest.raises(ShapeMismatch, match="mask"):
-        Locality(torch.zeros(2, 1), torch.ones(3, dtype=torch.bool)).drift(lambda x: logits(0, 2, 3), lambda x: logits(1, 2, 3))
+        Locality(torch.zeros(2, 1), torch.ones(3, dtype=torch.bool)).drift(
+            lambda x: logits(0, 2, 3), lambda x: logits(1, 2, 3)
+        )
     with pytest.raises(ShapeMismatch, match="at least 2 classes"):
         Locality(torch.zeros(2, 1)).drift(lambda x: logits(0, 2, 1), lambda x: logits(1, 2, 1))

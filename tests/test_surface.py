@@ -20,7 +20,9 @@ def test_root_names_are_few_sorted_and_there():
         _ = wp.nothing
 
 
-@pytest.mark.parametrize("module", ["constraints", "editors", "evaluation", "locality", "network", "patches", "tasks.images"])
+@pytest.mark.parametrize(
+    "module", ["constraints", "editors", "evaluation", "locality", "network", "patches", "tasks.images"]
+)
 def test_namespaces_have_what_they_say(module: str):
     loaded = importlib.import_module(f"weightpatch.{module}")
     assert loaded.__all__ == sorted(loaded.__all__)

@@ -1,4 +1,4 @@
-"""Small models of every kind an editor must cope with, each with inputs, a wrong label to ask for, and what may move."""
+"""Small models of every kind an editor must cope with, each with inputs and what may move."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ class Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(out)
         self.relu = nn.ReLU(inplace=True)
         same = channels == out and stride == 1
-        self.downsample = None if same else nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+        self.downsample = (
+            None if same else nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu(self.bn1(self.conv1(x)))
@@ -127,7 +129,11 @@ def digest(model: nn.Module) -> str:
         if tensor.device.type != "meta":
             seen.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     for name, module in model.named_modules(remove_duplicate=False):
-        hooks = [sorted(getattr(module, kind)) for kind in vars(module) if kind.endswith("_hooks") and getattr(module, kind)]
+        hooks = [
+            sorted(getattr(module, kind)) for kind in vars(module) if kind.endswith("_hooks") and getattr(module, kind)
+        ]
         note((name, id(module), module.training, hooks, "forward" in vars(module), sorted(vars(module))))
-    note((torch.get_rng_state().sum(), hash(random.getstate()), np.random.get_state()[1].sum(), torch.is_grad_enabled()))
+    note(
+        (torch.get_rng_state().sum(), hash(random.getstate()), np.random.get_state()[1].sum(), torch.is_grad_enabled())
+    )
     return seen.hexdigest()

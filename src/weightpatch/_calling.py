@@ -16,7 +16,7 @@ Inputs: TypeAlias = "Tensor | tuple[Any, ...] | Mapping[str, Any]"
 
 
 def call(function: Function, inputs: Inputs) -> Any:
-    """Call `function` on one batch: a tensor is its one argument, a tuple its positional, a mapping its keyword arguments."""
+    """Call `function` on a batch: a tensor is its argument, a tuple its positional, a mapping its keyword arguments."""
     if isinstance(inputs, Mapping):
         return function(**inputs)
     return function(*inputs) if isinstance(inputs, tuple) else function(inputs)
@@ -66,17 +66,24 @@ def rows(inputs: Inputs, index: slice | Tensor) -> Any:
 
 def describe(inputs: Inputs) -> str:
     """Say what a batch holds, for error messages: shapes, dtypes, devices."""
-    return ", ".join(f"{tuple(leaf.shape)} {str(leaf.dtype)[6:]} on {leaf.device}" for leaf in leaves(inputs)) or "no tensor"
+    return (
+        ", ".join(f"{tuple(leaf.shape)} {str(leaf.dtype)[6:]} on {leaf.device}" for leaf in leaves(inputs))
+        or "no tensor"
+    )
 
 
 def check_batch(inputs: Inputs, who: str) -> int:
     """Refuse an empty batch and NaN or Inf in it; return its length."""
     n = length(inputs)
     if n == 0:
-        raise InvalidInput(f"{who} was given an empty batch ({describe(inputs)}); expected at least one item on dimension 0")
+        raise InvalidInput(
+            f"{who} was given an empty batch ({describe(inputs)}); expected at least one item on dimension 0"
+        )
     for leaf in leaves(inputs):
         if leaf.device.type == "meta":
-            raise InvalidInput(f"{who} was given inputs on meta ({describe(inputs)}); expected tensors that hold values")
+            raise InvalidInput(
+                f"{who} was given inputs on meta ({describe(inputs)}); expected tensors that hold values"
+            )
         check_finite_tensor(leaf, f"the inputs of {who}")
     return n
 
@@ -85,4 +92,6 @@ def check_finite_tensor(tensor: Tensor, what: str) -> None:
     """Refuse NaN and Inf in a tensor of any dtype."""
     if not bool(torch.isfinite(tensor).all()):
         bad = int((~torch.isfinite(tensor)).sum())
-        raise NonFinite(f"{what} hold {bad} values that are NaN or infinite, of {tensor.numel()}; remove or repair them")
+        raise NonFinite(
+            f"{what} hold {bad} values that are NaN or infinite, of {tensor.numel()}; remove or repair them"
+        )

@@ -100,9 +100,13 @@ class Classified(Constraint):
             given = f"{labels.dtype} tensor" if isinstance(labels, Tensor) else type(labels).__name__
             raise InvalidInput(f"Classified was given labels as {given}; expected a tensor of {n} integers (int64)")
         if labels.shape != (n,):
-            raise ShapeMismatch(f"Classified was given {n} inputs and labels of shape {tuple(labels.shape)}; expected ({n},)")
+            raise ShapeMismatch(
+                f"Classified was given {n} inputs and labels of shape {tuple(labels.shape)}; expected ({n},)"
+            )
         if not 0 <= self.margin < float("inf"):
-            raise InvalidInput(f"Classified was given margin={self.margin}; expected a finite number of logits, at least 0")
+            raise InvalidInput(
+                f"Classified was given margin={self.margin}; expected a finite number of logits, at least 0"
+            )
 
     def violation(self, function: Function) -> Tensor:
         """Return ``margin + max_{c != y} z_c - z_y`` per input, shape (n,)."""
@@ -147,7 +151,8 @@ class Within(Constraint):
         answer = outputs(function, self.inputs)
         if answer.shape != self.targets.shape:
             raise ShapeMismatch(
-                f"Within was given targets of shape {tuple(self.targets.shape)}; the model returns {tuple(answer.shape)}"
+                f"Within was given targets of shape {tuple(self.targets.shape)}; "
+                f"the model returns {tuple(answer.shape)}"
             )
         return (answer - self.targets.to(answer)).square().reshape(len(answer), -1).sum(1) - self.tolerance
 
@@ -189,7 +194,8 @@ def check_consistent(constraint: Constraint) -> None:
             first, other = wanted.setdefault(key, (demand, label))
             if other != label:
                 raise ConflictingConstraints(
-                    f"demands {first} and {demand} ask the same input to be class {other} and class {label}; drop one of them"
+                    f"demands {first} and {demand} ask the same input to be class {other} and class {label}; "
+                    "drop one of them"
                 )
             demand += 1
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, final
 
@@ -29,7 +29,9 @@ class Result(Enum):
 
     satisfied = "every demand is met on the final weights"
     already_satisfied = "every demand was met before the edit; nothing was changed"
-    unsatisfied = "some demand is not met; allow more steps, a larger learning rate, more parameters, or a smaller margin"
+    unsatisfied = (
+        "some demand is not met; allow more steps, a larger learning rate, more parameters, or a smaller margin"
+    )
     stalled = (
         "some demand is not met and the editor changed no weight: its gradient is 0, or its step is smaller than the "
         "model's dtype resolves; try a larger learning rate, other parameters, or allow at least one step"
@@ -91,8 +93,8 @@ class Edit:
         if self.result in (Result.satisfied, Result.already_satisfied):
             return self
         raise EditFailed(
-            f"the edit is {self.result.name} after {self.steps} steps (violation {self.violation:.4g}, expected at most 0): "
-            f"{self.result.value}"
+            f"the edit is {self.result.name} after {self.steps} steps (violation {self.violation:.4g}, "
+            f"expected at most 0): {self.result.value}"
         )
 
     def __repr__(self) -> str:
@@ -135,7 +137,9 @@ def edit(
     with measured(device) as cost:
         network = Network(model, parameters)
         solved = solve(network, constraint, editor, keep)
-        patch, solved = _patch(model, network, solved, editor, keep)
+        patterns = [parameters] if isinstance(parameters, str) else parameters
+        made = {"editor": repr(editor), "settings": {"parameters": ", ".join(patterns)}}
+        patch, solved = _patch(model, network, solved, keep, made)
     return Edit(solved.result, solved.steps, solved.after, solved.drift, cost, patch, solved.constraint, editor)
 
 
@@ -152,7 +156,9 @@ def solve(network: Network, constraint: Constraint, editor: Editor, keep: Locali
             raise InvalidInput(
                 f"{editor!r} returned parameters {sorted(found.params)}; expected {sorted(network.start)}"
             )
-        return check(network, Solved(Result.unsatisfied, found.params, found.steps, before, math.nan, None, bound), keep)
+        return check(
+            network, Solved(Result.unsatisfied, found.params, found.steps, before, math.nan, None, bound), keep
+        )
 
 
 def check(network: Network, solved: Solved, keep: Locality | None) -> Solved:
@@ -170,7 +176,7 @@ def check(network: Network, solved: Solved, keep: Locality | None) -> Solved:
         result = Result.stalled
     else:
         result = Result.unsatisfied
-    return Solved(result, params, solved.steps, solved.before, after, drift, solved.constraint)
+    return replace(solved, result=result, params=params, after=after, drift=drift)
 
 
 def _today(network: Network, constraint: Constraint) -> tuple[Constraint, float]:
@@ -185,10 +191,13 @@ def _today(network: Network, constraint: Constraint) -> tuple[Constraint, float]
         raise
     if not isinstance(violation, Tensor) or violation.ndim != 1 or not len(violation):
         given = tuple(violation.shape) if isinstance(violation, Tensor) else type(violation).__name__
-        raise ShapeMismatch(f"{constraint.kind}.violation returned {given}; expected a tensor of shape (n,), one number per demand")
+        raise ShapeMismatch(
+            f"{constraint.kind}.violation returned {given}; expected a tensor of shape (n,), one number per demand"
+        )
     if not bool(violation.isfinite().all()):
         raise NonFinite(
-            f"the unedited model violates {constraint.kind} by NaN or infinity; its outputs on these inputs are not finite"
+            f"the unedited model violates {constraint.kind} by NaN or infinity; "
+            "its outputs on these inputs are not finite"
         )
     return bound, float(violation.max())
 
@@ -199,38 +208,37 @@ def _explain(error: Exception, network: Network, constraint: Constraint) -> None
         return
     name, weight = network.first_weight
     error.add_note(
-        f"weightpatch called the model on {constraint.kind}'s inputs: {describe(inputs)}; the model's first weight is {name} "
-        f"{tuple(weight.shape)} {str(weight.dtype)[6:]} on {weight.device}. Check the shape, dtype and device of the inputs."
+        f"weightpatch called the model on {constraint.kind}'s inputs: {describe(inputs)}; the model's first weight is "
+        f"{name} {tuple(weight.shape)} {str(weight.dtype)[6:]} on {weight.device}. "
+        "Check the shape, dtype and device of the inputs."
     )
 
 
 def _patch(
-    model: nn.Module, network: Network, solved: Solved, editor: Editor, keep: Locality | None
+    model: nn.Module, network: Network, solved: Solved, keep: Locality | None, made: dict[str, Any]
 ) -> tuple[Patch | None, Solved]:
-    """Make the patch; grade the weights that it composes to, and fall back to an exact one where rounding lost the demand."""
+    """Make the patch and grade the weights it composes to; make an exact one where rounding lost the demand."""
     if solved.result is Result.nonfinite:
         return None, solved
-    base = network.rounded(network.start)
+    base, own = network.rounded(network.start), dict(model.state_dict())
     facts: dict[str, Any] = {
         "fingerprint": base_fingerprint(model),
         "requires": tuple(patch.id for patch in applied(model)),
-        "editor": repr(editor),
         "constraint": solved.constraint.kind,
+        **made,
     }
-    graded, patch = solved, None
     for exact in (False, True):
-        metrics = {"result": graded.result.name, "steps": graded.steps, "violation": graded.after}
-        if graded.drift is not None:
-            metrics["drift"] = graded.drift
-        patch = Patch.between(base, solved.params, metrics=metrics, exact=exact, **facts)
-        composed = {**base, **{name: value.to(network.device) for name, value in patch.result(base).items()}}
-        if all(torch.equal(composed[name], value) for name, value in solved.params.items()):
-            break
-        with network.isolated():
-            graded = check(network, Solved(solved.result, composed, solved.steps, solved.before, math.nan, None, solved.constraint), keep)
+        patch = Patch.between(own, solved.params, exact=exact, **facts)
+        composed = {**base, **{name: value.to(network.device) for name, value in patch.result(own).items()}}
+        graded = solved
+        if not all(torch.equal(composed[name], value) for name, value in solved.params.items()):
+            with network.isolated():
+                graded = check(network, replace(solved, params=composed), keep)
         if graded.result is solved.result:
             break
-    return patch, graded
+    metrics: dict[str, str | int | float] = {"result": graded.result.name, "steps": graded.steps}
+    metrics |= {"violation": graded.after} | ({} if graded.drift is None else {"drift": graded.drift})
+    return replace(patch, manifest=replace(patch.manifest, metrics=metrics)), graded
 
 
 def _check_arguments(model: nn.Module, constraint: Constraint, editor: Editor, keep: Locality | None) -> None:
@@ -246,4 +254,10 @@ def _check_arguments(model: nn.Module, constraint: Constraint, editor: Editor, k
 
 
 def _size(nbytes: int) -> str:
-    return f"{nbytes} B" if nbytes < 1000 else f"{nbytes / 1000:.1f} kB" if nbytes < 1_000_000 else f"{nbytes / 1e6:.1f} MB"
+    return (
+        f"{nbytes} B"
+        if nbytes < 1000
+        else f"{nbytes / 1000:.1f} kB"
+        if nbytes < 1_000_000
+        else f"{nbytes / 1e6:.1f} MB"
+    )

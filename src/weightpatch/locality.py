@@ -34,7 +34,9 @@ class Locality:
     def __post_init__(self) -> None:
         check_batch(self.inputs, "Locality")
         if self.mask is not None and not bool(self.mask.any()):
-            raise ShapeMismatch("Locality was given a mask that is False everywhere; expected at least one position to count")
+            raise ShapeMismatch(
+                "Locality was given a mask that is False everywhere; expected at least one position to count"
+            )
 
     def drift(self, before: Function, after: Function) -> Tensor:
         """Return the mean KL divergence over the positions that count, a scalar in nats.
@@ -47,16 +49,18 @@ class Locality:
         if self.mask is None:
             return kl.mean()
         if self.mask.shape != kl.shape:
-            raise ShapeMismatch(f"Locality was given a mask of shape {tuple(self.mask.shape)}; expected {tuple(kl.shape)}")
+            raise ShapeMismatch(
+                f"Locality was given a mask of shape {tuple(self.mask.shape)}; expected {tuple(kl.shape)}"
+            )
         return kl[self.mask].mean()
 
 
 def divergence(before: Tensor, after: Tensor) -> Tensor:
-    """Return KL(softmax(before) || softmax(after)) over the last dimension of two logit tensors, in nats, shape (...,)."""
+    """Return KL(softmax(before) || softmax(after)) over the last dimension of logits, in nats, shape (...,)."""
     if before.shape != after.shape or before.shape[-1] < 2:
         raise ShapeMismatch(
-            f"a KL divergence was asked of outputs {tuple(before.shape)} and {tuple(after.shape)}; expected two equal shapes "
-            "of logits with at least 2 classes on the last dimension"
+            f"a KL divergence was asked of outputs {tuple(before.shape)} and {tuple(after.shape)}; expected two equal "
+            "shapes of logits with at least 2 classes on the last dimension"
         )
     p, q = before.log_softmax(-1), after.log_softmax(-1)
     possible = p > -torch.inf  # a class of probability 0 adds nothing, also where both sides are -inf

@@ -63,7 +63,10 @@ def wrong(small: Path) -> int:
 
 
 def test_help_is_instant_and_torch_is_not_imported():
-    code = "import sys; from weightpatch.cli import main; c = main(['--help']); assert 'torch' not in sys.modules; sys.exit(c)"
+    code = (
+        "import sys; from weightpatch.cli import main; c = main(['--help']);"
+        "assert 'torch' not in sys.modules; sys.exit(c)"
+    )
     seconds = []
     for _ in range(5):
         started = time.perf_counter()
@@ -90,10 +93,20 @@ def test_the_journey(small: Path, wrong: int, capsys, tmp_path: Path):
     code, facts = run("inspect", "fix.patch.safetensors", capsys=capsys)
     assert code == 0
     assert all(tensor["name"].startswith("layer3.") for tensor in facts["tensors"])
-    code, _ = run("apply", "fix.patch.safetensors", "--weights", "base.safetensors", "--output", "patched.safetensors", capsys=capsys)
+    code, _ = run(
+        "apply",
+        "fix.patch.safetensors",
+        "--weights",
+        "base.safetensors",
+        "--output",
+        "patched.safetensors",
+        capsys=capsys,
+    )
     assert code == 0
     base, patched = load_file("base.safetensors"), load_file("patched.safetensors")
-    assert {name for name in base if not torch.equal(base[name], patched[name])} <= {n for n in base if n.startswith("layer3.")}
+    assert {name for name in base if not torch.equal(base[name], patched[name])} <= {
+        n for n in base if n.startswith("layer3.")
+    }
     model = images.fashion_classifier()
     model.load_state_dict(patched)
     test = images.fashion_test()[:300]
@@ -107,7 +120,15 @@ def test_the_journey(small: Path, wrong: int, capsys, tmp_path: Path):
     assert same["comparison"] == facts["comparison"]
     code, _ = run("diff", "patched.safetensors", "base.safetensors", *where, "--max-broken", "0", capsys=capsys)
     assert code == 1
-    code, _ = run("revert", "fix.patch.safetensors", "--weights", "patched.safetensors", "--output", "again.safetensors", capsys=capsys)
+    code, _ = run(
+        "revert",
+        "fix.patch.safetensors",
+        "--weights",
+        "patched.safetensors",
+        "--output",
+        "again.safetensors",
+        capsys=capsys,
+    )
     assert code == 0
     again = load_file("again.safetensors")
     assert all(torch.equal(base[name], again[name]) for name in base)
@@ -120,7 +141,9 @@ def test_a_constraint_that_is_not_met_gives_1_and_no_patch(small: Path, wrong: i
 
 
 def test_a_gate_that_is_not_met_gives_1_and_no_patch(small: Path, wrong: int, capsys):
-    words = edit(small, wrong, "--label", "0", "--editor", "RProp", "--lr", "0.1", "--no-shrink", "--max-drawdown", "-99")
+    words = edit(
+        small, wrong, "--label", "0", "--editor", "RProp", "--lr", "0.1", "--no-shrink", "--max-drawdown", "-99"
+    )
     code, facts = run(*words, capsys=capsys)
     assert code == 1
     assert facts["gate"] is False
@@ -128,7 +151,18 @@ def test_a_gate_that_is_not_met_gives_1_and_no_patch(small: Path, wrong: int, ca
 
 
 def test_evaluate_continues_and_gates(small: Path, capsys):
-    words = ["evaluate", "--model", MODEL, *reading(small), "--edits", "4", "--labels", "random", "--parameters", "fc.*"]
+    words = [
+        "evaluate",
+        "--model",
+        MODEL,
+        *reading(small),
+        "--edits",
+        "4",
+        "--labels",
+        "random",
+        "--parameters",
+        "fc.*",
+    ]
     code, facts = run(*words, "--results", "r.jsonl", "--output", "summary.json", "--lr", "0.01", capsys=capsys)
     assert code == 0
     lines = Path("r.jsonl").read_text().splitlines()

@@ -48,7 +48,9 @@ def same(a: dict, b: dict) -> bool:
 def test_gradient_descent_momentum_and_adam_are_those_of_torch(seed: int, n: int):
     params, grads = draws(seed, n)
     assert same(walk(GradientDescent(lr=0.1), params, grads), optim(torch.optim.SGD, params, grads, lr=0.1))
-    assert same(walk(Momentum(lr=0.1, momentum=0.8), params, grads), optim(torch.optim.SGD, params, grads, lr=0.1, momentum=0.8))
+    assert same(
+        walk(Momentum(lr=0.1, momentum=0.8), params, grads), optim(torch.optim.SGD, params, grads, lr=0.1, momentum=0.8)
+    )
     adam = Adam(lr=0.1, betas=(0.8, 0.95))
     assert same(walk(adam, params, grads), optim(torch.optim.Adam, params, grads, lr=0.1, betas=(0.8, 0.95)))
 
@@ -82,7 +84,11 @@ def test_steps_are_pure_differentiable_and_meet_finite_differences(editor):
     params, grads = draws(1, 3)
 
     def last(scale: torch.Tensor) -> torch.Tensor:
-        moved = walk(editor(lr=0.1), {k: p * scale for k, p in params.items()}, [{k: g * scale for k, g in d.items()} for d in grads])
+        moved = walk(
+            editor(lr=0.1),
+            {k: p * scale for k, p in params.items()},
+            [{k: g * scale for k, g in d.items()} for d in grads],
+        )
         return torch.cat([p.reshape(-1) for p in moved.values()])
 
     kept = {k: p.clone() for k, p in params.items()}
@@ -90,7 +96,9 @@ def test_steps_are_pure_differentiable_and_meet_finite_differences(editor):
     assert all(torch.equal(kept[k], params[k]) for k in params)
 
 
-@pytest.mark.parametrize("settings", [{"lr": -1}, {"lr": float("nan")}, {"max_steps": -1}, {"max_steps": 1.5}, {"keep_weight": -1.0}])
+@pytest.mark.parametrize(
+    "settings", [{"lr": -1}, {"lr": float("nan")}, {"max_steps": -1}, {"max_steps": 1.5}, {"keep_weight": -1.0}]
+)
 def test_bad_settings_are_refused(settings: dict):
     with pytest.raises(InvalidInput, match=next(iter(settings))):
         RMSProp(**settings)

@@ -33,7 +33,9 @@ def class_index(label: str, classes: tuple[str, ...]) -> int:
         return classes.index(label)
     if label.isdecimal() and int(label) < len(classes):
         return int(label)
-    raise InvalidInput(f"--label was given {label!r}; expected a number below {len(classes)} or one of {', '.join(classes)}")
+    raise InvalidInput(
+        f"--label was given {label!r}; expected a number below {len(classes)} or one of {', '.join(classes)}"
+    )
 
 
 def item_index(items: tuple[int, ...], data: LabelledImages) -> Tensor:

@@ -20,7 +20,9 @@ def load_model(factory: str, weights: Path | None) -> nn.Module:
 
     module_name, colon, name = factory.partition(":")
     if not colon or not module_name or not name:
-        raise InvalidInput(f"--model was given {factory!r}; expected package.module:factory, as in mypackage.models:build")
+        raise InvalidInput(
+            f"--model was given {factory!r}; expected package.module:factory, as in mypackage.models:build"
+        )
     if (here := os.getcwd()) not in sys.path:
         sys.path.insert(0, here)
     try:

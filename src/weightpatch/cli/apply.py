@@ -27,5 +27,7 @@ def apply(
     patched = load_weights(weights).apply(one)
     target = weights if output is None else output
     save_weights(target, patched)
-    console(json).print(f"applied  {one.id[:12]} ({len(one.operations)} tensors); {target} has {len(patched.patches)} patches")
+    console(json).print(
+        f"applied  {one.id[:12]} ({len(one.operations)} tensors); {target} has {len(patched.patches)} patches"
+    )
     return Answer({"patch": one.id, "output": str(target), "patches": [each.id for each in patched.patches]})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ._output import Answer, console
 
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
 
 BLOCK = "layer3.*"
 MARGIN = 0.1
+ASKED: dict[str, Literal["mistakes", "random"]] = {"real mistakes": "mistakes", "random labels": "random"}
 
 
 def demo(output: Path = Path("demo-output"), edits: int = 100, json: bool = False) -> Answer:
-    """Patch a real mistake of the shipped classifier, show what else changed, save, apply, verify, revert; then measure many.
+    """Patch a real mistake, show what else changed, save, apply, verify, revert; then measure many.
 
     Args:
         output: The folder for the patch, the report and the results.
@@ -40,12 +42,18 @@ def demo(output: Path = Path("demo-output"), edits: int = 100, json: bool = Fals
     model, test = images.fashion_classifier(), images.fashion_test()
     answers = _answers(model, test)
     mistakes = (answers != test.labels).nonzero().squeeze(1)
-    out.print(f"[bold]1. The model[/] {len(test):,} Fashion-MNIST test images, {len(mistakes)} mistakes: error {len(mistakes) / len(test):.2%}")
+    out.print(
+        f"[bold]1. The model[/] {len(test):,} Fashion-MNIST test images, {len(mistakes)} mistakes: "
+        f"error {len(mistakes) / len(test):.2%}"
+    )
 
-    item = _worst(model, test, mistakes)
+    item = int(mistakes[0])
     image, label = test.images[item : item + 1], test.labels[item : item + 1]
     fix, keep = Classified(image, label, MARGIN), Locality(test.images[:512])
-    out.print(f"[bold]2. The mistake[/] test image {item}: a {test.classes[int(label)]}, taken for a {test.classes[int(answers[item])]}")
+    out.print(
+        f"[bold]2. The mistake[/] test image {item}, the first: class {test.classes[int(label)]}, "
+        f"taken for {test.classes[int(answers[item])]}"
+    )
     found = run(model, fix, good_default(), keep=keep, parameters=BLOCK).raise_for_result()
     out.print(f"[bold]3. The patch[/] {found}")
 
@@ -72,7 +80,7 @@ def demo(output: Path = Path("demo-output"), edits: int = 100, json: bool = Fals
         "patch": str(path),
         "report": str(page),
         "comparison": comparison.to_json(),
-        "evaluations": {name: report.to_json() for name, report in reports.items()},
+        "evaluations": {name: asdict(report.summary) for name, report in reports.items()},
     }
     return Answer(facts)
 
@@ -88,16 +96,7 @@ def _answers(model: nn.Module, test: LabelledImages) -> Any:
     import torch
 
     with torch.no_grad():
-        return torch.cat([model(batch).argmax(1) for batch in test.images.split(500)])
-
-
-def _worst(model: nn.Module, test: LabelledImages, mistakes: Any) -> int:
-    """Choose the mistake that the model is surest of."""
-    import torch
-
-    with torch.no_grad():
-        sure = torch.cat([model(batch).softmax(1).amax(1) for batch in test.images[mistakes].split(500)])
-    return int(mistakes[sure.argmax()])
+        return torch.cat([model(test.images[i : i + 500]).argmax(1) for i in range(0, len(test), 500)])
 
 
 def _journey(model: nn.Module, found: Edit, fix: Any, path: Path, out: Console) -> nn.Module:
@@ -120,8 +119,8 @@ def _journey(model: nn.Module, found: Edit, fix: Any, path: Path, out: Console) 
     if fingerprint(live) != before:
         raise EditFailed("the reverted model differs from the original; please report this")
     out.print(
-        f"[bold]4. The file[/] {path} ({path.stat().st_size / 1000:.1f} kB): saved, loaded, applied, the constraint verified; "
-        "reverted, bit for bit the original"
+        f"[bold]4. The file[/] {path} ({path.stat().st_size / 1000:.1f} kB): saved, loaded, applied, the constraint "
+        "verified; reverted, bit for bit the original"
     )
     return patched
 
@@ -131,11 +130,12 @@ def _measure(model: nn.Module, test: LabelledImages, edits: int, output: Path, o
     from rich.table import Table
 
     from .. import evaluate
+    from ..evaluation import figures
     from ..tasks import images
     from .evaluate import draw
 
     reports = {}
-    for name, labels in (("real mistakes", "mistakes"), ("random labels", "random")):
+    for name, labels in ASKED.items():
         reports[name] = evaluate(
             model,
             draw(model, test, edits, labels, MARGIN, seed=0),
@@ -145,12 +145,12 @@ def _measure(model: nn.Module, test: LabelledImages, edits: int, output: Path, o
             altered=images.altered,
             results=output / f"{name.replace(' ', '-')}.jsonl",
         )
-    table = Table(title=f"6. Many edits, one at a time, each measured on {len(test):,} images")
-    columns = [report.table_row() for report in reports.values()]
-    table.add_column("edits")
-    for column in columns[0]:
-        table.add_column(column, justify="right")
-    for name, row in zip(reports, columns, strict=True):
-        table.add_row(name, *row.values())
+    table = Table(title=f"6. Many edits, one at a time, each measured on {len(test):,} images", title_justify="left")
+    table.add_column("")
+    for name in reports:
+        table.add_column(name, justify="right")
+    columns = [figures(report) for report in reports.values()]
+    for figure in columns[0]:
+        table.add_row(figure, *(column[figure] for column in columns))
     out.print(table)
     return reports

@@ -52,7 +52,9 @@ def diff(
     comparison = compare(before, after, (tested.images, tested.labels))
     out.print(str(comparison))
     if report is not None:
-        page = comparison_page(report, comparison, title=f"{a.name} → {b.name}", inputs=tested.images, classes=tested.classes)
+        page = comparison_page(
+            report, comparison, title=f"{a.name} → {b.name}", inputs=tested.images, classes=tested.classes
+        )
         out.print(f"report   {page}")
     failed = []
     if max_drawdown is not None and comparison.drawdown.value > max_drawdown:

@@ -36,7 +36,8 @@ def doctor(model: str, weights: Path | None = None, parameters: tuple[str, ...] 
     facts = {
         "fingerprint": fingerprint(network),
         "parameters": [
-            {"name": r.name, "shape": list(r.shape), "dtype": r.dtype, "editable": r.editable, "reason": r.reason} for r in rows
+            {"name": r.name, "shape": list(r.shape), "dtype": r.dtype, "editable": r.editable, "reason": r.reason}
+            for r in rows
         ],
     }
     return Answer(facts, 0 if good else 1)

@@ -74,8 +74,8 @@ def edit(
     margin: float = 0.1,
     keep: int = 512,
     max_drawdown: float | None = None,
-    settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),  # noqa: B008
-    reading: Annotated[Reading, tyro.conf.arg(name="")] = Reading(),  # noqa: B008
+    settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
+    reading: Annotated[Reading, tyro.conf.arg(name="")] = Reading(),
     json: bool = False,
 ) -> Answer:
     """Look for a patch that makes the model answer as it should; the model's files are never changed.
@@ -122,15 +122,28 @@ def edit(
         from ..evaluation import edit_page
 
         page = edit_page(
-            report, model=network, edit=found, constraint=constraint, test=(tested.images, tested.labels), classes=tested.classes
+            report,
+            model=network,
+            edit=found,
+            constraint=constraint,
+            test=(tested.images, tested.labels),
+            classes=tested.classes,
         )
         out.print(f"report   {page}")
     if held and gate:
         found.patch.save(output)
         out.print(f"patch    {output}")
     elif held:
-        out.print(f"refused  drawdown {comparison.drawdown.value:.3f} points is above the gate of {max_drawdown:g}; no patch written")
-    facts = {**_facts(found), "comparison": comparison.to_json(), "gate": gate, "output": str(output) if held and gate else None}
+        out.print(
+            f"refused  drawdown {comparison.drawdown.value:.3f} points is above the gate of {max_drawdown:g}; "
+            "no patch written"
+        )
+    facts = {
+        **_facts(found),
+        "comparison": comparison.to_json(),
+        "gate": gate,
+        "output": str(output) if held and gate else None,
+    }
     return Answer(facts, 0 if held and gate else 1)
 
 

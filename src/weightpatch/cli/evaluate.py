@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from json import loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -79,13 +80,13 @@ def evaluate(
     good = min_success is None or report.summary.success.value >= min_success
     if not good:
         out.print(f"refused  success {report.summary.success.value:.3f} is below {min_success:g}")
-    return Answer(report.to_json(), 0 if good else 1)
+    return Answer(loads(report.to_json()), 0 if good else 1)
 
 
 def draw(
     model: nn.Module, data: LabelledImages, n: int, labels: Literal["mistakes", "random"], margin: float, seed: int
 ) -> list[Constraint]:
-    """Draw n edits: items that the model gets wrong, with their true labels, or any items, with uniform random labels."""
+    """Draw n edits: items that the model gets wrong, with their true labels, or any items, with random labels."""
     import torch
 
     from ..constraints import Classified
@@ -97,7 +98,7 @@ def draw(
         wanted = torch.randint(0, len(data.classes), (len(rows),), generator=generator)
     else:
         with torch.no_grad():
-            answers = torch.cat([model(batch).argmax(1) for batch in data.images.split(256)])
+            answers = torch.cat([model(data.images[i : i + 256]).argmax(1) for i in range(0, len(data), 256)])
         wrong = (answers != data.labels).nonzero().squeeze(1)
         rows = wrong[torch.randperm(len(wrong), generator=generator)[:n]]
         wanted = data.labels[rows]

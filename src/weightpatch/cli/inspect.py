@@ -25,7 +25,13 @@ def inspect(patch: Annotated[Path, tyro.conf.Positional], json: bool = False) ->
     out = console(json)
     table = Table("tensor", "kind", "shape", "dtype", "bytes")
     for tensor in facts["tensors"]:
-        row = (tensor["name"], tensor["kind"], "×".join(map(str, tensor["shape"])), tensor["dtype"], str(tensor["bytes"]))
+        row = (
+            tensor["name"],
+            tensor["kind"],
+            "×".join(map(str, tensor["shape"])),
+            tensor["dtype"],
+            str(tensor["bytes"]),
+        )
         table.add_row(*row)
     for name, value in facts.items():
         if name != "tensors":

@@ -12,11 +12,11 @@ from .base import IterativeEditor
 
 
 class AdamState(NamedTuple):
-    """The running means of g and g², and how many steps they hold."""
+    """The running means of g and g², and how many they hold."""
 
     first: Params
     second: Params
-    count: int
+    steps: int
 
 
 @final
@@ -45,11 +45,9 @@ class Adam(IterativeEditor):
 
     def step(self, params: Params, grads: Params, state: AdamState) -> tuple[Params, AdamState]:
         """Update both means, then move every parameter by ``-α m̂ / (√v̂ + ε)``."""
-        (b1, b2), t = self.betas, state.count + 1
+        (b1, b2), t = self.betas, state.steps + 1
         first = {n: b1 * m + (1 - b1) * grads[n] for n, m in state.first.items()}
         second = {n: b2 * v + (1 - b2) * grads[n].square() for n, v in state.second.items()}
         rate = self.lr / (1 - b1**t)
-        moved = {
-            n: p - rate * first[n] / ((second[n] / (1 - b2**t)).sqrt() + self.epsilon) for n, p in params.items()
-        }
+        moved = {n: p - rate * first[n] / ((second[n] / (1 - b2**t)).sqrt() + self.epsilon) for n, p in params.items()}
         return moved, AdamState(first, second, t)

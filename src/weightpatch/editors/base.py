@@ -54,9 +54,13 @@ class IterativeEditor(Editor):
         for name in ("lr", "keep_weight", "weight_decay"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
-                raise InvalidInput(f"{type(self).__name__} was given {name}={value}; expected a finite number, at least 0")
+                raise InvalidInput(
+                    f"{type(self).__name__} was given {name}={value}; expected a finite number, at least 0"
+                )
         if not isinstance(self.max_steps, int) or self.max_steps < 0:
-            raise InvalidInput(f"{type(self).__name__} was given max_steps={self.max_steps!r}; expected an integer, at least 0")
+            raise InvalidInput(
+                f"{type(self).__name__} was given max_steps={self.max_steps!r}; expected an integer, at least 0"
+            )
 
     @abstractmethod
     def init(self, params: Params) -> Any:
@@ -103,6 +107,4 @@ def _gradient(loss: Tensor, params: Params) -> Params:
             f"the constraint does not depend on {sorted(params)}; choose parameters between the input and the output "
             "that is constrained, and check that the model does not detach them"
         )
-    return {
-        name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(params.items(), grads, strict=True)
-    }
+    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(params.items(), grads, strict=True)}

@@ -14,8 +14,8 @@ from .base import IterativeEditor
 class RMSProp(IterativeEditor):
     """RMSProp: ``r_0 = g_0²``, ``r_t = β r_(t-1) + (1 - β) g_t²``, ``θ ← θ - α g / √(r + ε)``.
 
-    The first step is therefore close to ``α sign(g)``. Source: Sinitsin et al., Editable Neural Networks, ICLR 2020, whose
-    code starts r at the first squared gradient and puts ε under the root.
+    The first step is therefore close to ``α sign(g)``. Source: Sinitsin et al., Editable Neural Networks, ICLR 2020,
+    whose code starts r at the first squared gradient and puts ε under the root.
 
     Args:
         beta: β, the share of the past in the running mean, from 0 to below 1.

@@ -14,7 +14,8 @@ from .base import IterativeEditor
 class RProp(IterativeEditor):
     """Sign descent: ``θ ← θ - α sign(g)``: every parameter with a gradient moves by exactly α.
 
-    Source: Sinitsin et al., Editable Neural Networks, ICLR 2020, after Riedmiller and Braun 1993 without its adaptive rates.
+    Source: Sinitsin et al., Editable Neural Networks, ICLR 2020, after Riedmiller and Braun 1993 without its
+    adaptive rates.
 
     >>> RProp(lr=1e-3)
     RProp(lr=0.001, max_steps=10, keep_weight=0.0, weight_decay=0.0)
