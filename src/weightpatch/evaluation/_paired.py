@@ -33,7 +33,8 @@ def paired_difference(broken: int, repaired: int, n: int, level: float = 0.95) -
 def mcnemar(broken: int, repaired: int) -> float:
     """Return McNemar's exact two-sided p-value: how likely so uneven a split of the flips is for two equal models.
 
-    ``min(1, 2 P[X <= min(b, c)])`` with X binomial of b + c throws of a fair coin; answers wrong both times do not count.
+    ``min(1, 2 P[X <= min(b, c)])`` with X binomial of b + c throws of a fair coin; items wrong both times do not
+    count.
     """
     _check(broken, repaired, max(broken + repaired, 1))
     flips = broken + repaired
@@ -63,6 +64,6 @@ def _edge(inside: float, outside: float, rejected: Callable[[float], bool]) -> f
 def _check(broken: int, repaired: int, n: int) -> None:
     if broken < 0 or repaired < 0 or broken + repaired > n or n < 1:
         raise InvalidInput(
-            f"a paired comparison was given {broken} broken and {repaired} repaired of {n}; expected counts of at least 0 "
-            "that add up to at most n, and n at least 1"
+            f"a paired comparison was given {broken} broken and {repaired} repaired of {n}; expected counts of at "
+            "least 0 that add up to at most n, and n at least 1"
         )

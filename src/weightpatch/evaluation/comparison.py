@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, TypeAlias, final
 
@@ -58,8 +58,8 @@ class Comparison:
         shape = tuple(self.before.shape)
         if self.before.ndim != 2 or not shape[0] or shape[1] < 2 or self.after.shape != shape:
             raise ShapeMismatch(
-                f"a comparison was given logits of shapes {shape} and {tuple(self.after.shape)}; expected two equal shapes "
-                "(n, classes) with at least 1 item and 2 classes"
+                f"a comparison was given logits of shapes {shape} and {tuple(self.after.shape)}; expected two equal "
+                "shapes (n, classes) with at least 1 item and 2 classes"
             )
         check_labels(self.labels, shape[0], shape[1])
 
@@ -164,9 +164,9 @@ class Comparison:
             "n": self.n,
             "error_before": self.error_before,
             "error_after": self.error_after,
-            "drawdown": {"value": self.drawdown.value, "low": self.drawdown.low, "high": self.drawdown.high},
+            "drawdown": asdict(self.drawdown),
             "p_value": self.p_value,
-            "flips": _plain(self.flips),
+            "flips": asdict(self.flips),
             "broken": self.broken.tolist(),
             "repaired": self.repaired.tolist(),
             "other": self.other.tolist(),
@@ -181,7 +181,7 @@ class Comparison:
                     "n": row.n,
                     "error_before": row.error_before if row.n else None,
                     "error_after": row.error_after if row.n else None,
-                    **_plain(row.flips),
+                    **asdict(row.flips),
                 }
                 for row in self.per_class
             ],
@@ -190,8 +190,9 @@ class Comparison:
     def __repr__(self) -> str:
         d, f = self.drawdown, self.flips
         return (
-            f"Comparison(n={self.n}, error {self.error_before:.2f} -> {self.error_after:.2f} %, drawdown {d.value:+.3f} points "
-            f"[{d.low:+.3f}, {d.high:+.3f}], {f.broken} broken, {f.repaired} repaired, {f.other} other, p={self.p_value:.2g})"
+            f"Comparison(n={self.n}, error {self.error_before:.2f} -> {self.error_after:.2f} %, "
+            f"drawdown {d.value:+.3f} points [{d.low:+.3f}, {d.high:+.3f}], "
+            f"{f.broken} broken, {f.repaired} repaired, {f.other} other, p={self.p_value:.2g})"
         )
 
     @cached_property
@@ -206,8 +207,8 @@ class Comparison:
         mine = self.labels == label
         before, after = self.answers_before[mine], self.answers_after[mine]
         n = len(before)
-        wrong = [100 * float((answers != label).double().mean()) if n else float("nan") for answers in (before, after)]
-        return ClassChange(label, n, *wrong, flips(before, after, self.labels[mine]))
+        wrong, still = (100 * float((x != label).double().mean()) if n else float("nan") for x in (before, after))
+        return ClassChange(label, n, wrong, still, flips(before, after, self.labels[mine]))
 
 
 def compare(
@@ -265,7 +266,3 @@ def _runnable(model: nn.Module | Function) -> Function:
 
 def _answers(logits: Tensor) -> Tensor:
     return logits.argmax(1).masked_fill(logits.isnan().any(1), -1)
-
-
-def _plain(found: Flips) -> dict[str, int]:
-    return {"broken": found.broken, "repaired": found.repaired, "other": found.other}

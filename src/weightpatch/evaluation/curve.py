@@ -1,10 +1,10 @@
-"""The strength of a patch: how far the constraint holds, and what else changes, on the way from the base to the patch."""
+"""The strength of a patch: how far the constraint holds and what else changes, between base and patch."""
 
 from __future__ import annotations
 
 import glob
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, final
 
 import torch
@@ -73,8 +73,8 @@ class Curve:
                 {
                     "strength": p.strength,
                     "slack": p.slack if abs(p.slack) < float("inf") else None,
-                    "drawdown": {"value": p.drawdown.value, "low": p.drawdown.low, "high": p.drawdown.high},
-                    "flips": {"broken": p.flips.broken, "repaired": p.flips.repaired, "other": p.flips.other},
+                    "drawdown": asdict(p.drawdown),
+                    "flips": asdict(p.flips),
                 }
                 for p in self.points
             ],

@@ -85,7 +85,7 @@ def edit_page(
 @final
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What the page tells of an edit: each demand, the comparison at full strength, and the curve (None for no patch)."""
+    """What the page tells of an edit: demands, the comparison at full strength, the curve (None for no patch)."""
 
     demands: list[Demand]
     mistakes: list[Mistake]
@@ -99,7 +99,7 @@ def _measure(
 ) -> Measured:
     with preserved_rng(), torch.no_grad():
         before, after, bound, comparison, curve = _both(model, edit.patch, constraint, test)
-        kinds = demands(bound, before, after)
+        kinds = demands(constraint, bound, before, after)
         shown, asked = mistakes(bound, before, after, classes, picture, test[0], _MISTAKES)
     return Measured(kinds, shown, frozenset(asked), comparison, curve)
 

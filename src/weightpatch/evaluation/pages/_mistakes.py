@@ -17,6 +17,7 @@ from ._words import Names
 __all__ = ["Bar", "Demand", "Mistake", "demands", "find_rows", "mistakes"]
 
 _BARS = 5
+_PROBES = 16
 _LEAST = 0.005  # a bar that nobody would see says nothing
 
 
@@ -70,14 +71,14 @@ def parts(constraint: Constraint) -> Iterator[Constraint]:
         yield constraint
 
 
-def demands(constraint: Constraint, before: Function, after: Function) -> list[Demand]:
-    """Sum up each part of a bound constraint; `slack` is the least of its demands, met where at least 0."""
+def demands(constraint: Constraint, bound: Constraint, before: Function, after: Function) -> list[Demand]:
+    """Sum up each part of a constraint, as it was asked and as it was bound; `slack` is the least of its demands."""
     found = []
     with torch.no_grad():
-        for part in parts(constraint):
+        for asked, part in zip(parts(constraint), parts(bound), strict=True):
             a, b = part.violation(before), part.violation(after)
             met = [int((v <= 0).sum()) for v in (a, b)]
-            found.append(Demand(part.kind, len(a), met[0], met[1], -float(a.max()), -float(b.max())))
+            found.append(Demand(asked.kind, len(a), met[0], met[1], -float(a.max()), -float(b.max())))
     return found
 
 
@@ -96,27 +97,32 @@ def mistakes(
     for part in parts(constraint):
         if not isinstance(part, Classified):
             continue
+        look = picture or _as_in(test, part.inputs)
         with torch.no_grad():
             logits = [outputs(function, part.inputs).cpu() for function in (before, after)]
-            wrong = (part.violation(before) > 0).cpu().nonzero().squeeze(1).tolist()
-        for i in wrong:
+            met = [(part.violation(function) <= 0).tolist() for function in (before, after)]
+        for i in (i for i, fine in enumerate(met[0]) if not fine):
             same = find_rows(test, rows(part.inputs, slice(i, i + 1)))
             asked += same
             if len(found) < most:
-                image = draw(picture or _as_in(test, part.inputs), part.inputs, i)
-                found.append(_mistake(part, i, logits, classes, image, same[0] if same else None))
+                image, row = draw(look, part.inputs, i), same[0] if same else None
+                found.append(_mistake(part, i, logits, met[1][i], classes, image, row))
     return found, asked
 
 
 def find_rows(test: Inputs, item: Inputs) -> list[int]:
     """Find one item, given as a batch of 1, in a test set, bit for bit."""
     pairs = list(zip(leaves(test), leaves(item), strict=False))
-    if not pairs or any(a.shape[1:] != b.shape[1:] or a.dtype != b.dtype for a, b in pairs):
+    if not pairs or any(a.shape[1:] != b.shape[1:] or a.dtype != b.dtype or not a.ndim for a, b in pairs):
         return []
-    equal = [
-        (a == b.to(a.device)).flatten(1).all(1).cpu() if a.ndim > 1 else (a == b.to(a.device)).cpu() for a, b in pairs
-    ]
-    found: list[int] = torch.stack(equal).all(0).nonzero().squeeze(1).tolist()
+    chosen = torch.arange(len(pairs[0][0]))
+    for many, one in pairs:
+        flat, wanted = many.reshape(len(many), -1), one.to(many.device).reshape(1, -1)
+        some = torch.linspace(0, flat.shape[1] - 1, _PROBES, device=flat.device).long()
+        # Few rows survive a look at some of their numbers, so that only few are compared whole
+        chosen = chosen[(flat[:, some][chosen] == wanted[:, some]).all(1).cpu()]
+        chosen = chosen[(flat[chosen] == wanted).all(1).cpu()]
+    found: list[int] = chosen.tolist()
     return found
 
 
@@ -127,7 +133,7 @@ def _as_in(test: Inputs, inputs: Inputs) -> Picture | None:
 
 
 def _mistake(
-    part: Classified, i: int, logits: list[Tensor], classes: Names, image: Image | None, row: int | None
+    part: Classified, i: int, logits: list[Tensor], met: bool, classes: Names, image: Image | None, row: int | None
 ) -> Mistake:
     wanted = int(part.labels[i])
     before, after = (z[i].softmax(0).nan_to_num(0.0) for z in logits)
@@ -137,7 +143,7 @@ def _mistake(
     rank[[wanted, _answer(logits[0][i]), _answer(logits[1][i])]] = torch.inf
     shown = rank.topk(min(_BARS, len(rank))).indices
     shown = shown[rank[shown] >= _LEAST]
-    shown = shown[before[shown].argsort(descending=True, stable=True)].tolist()
+    ordered = shown[before[shown].argsort(descending=True, stable=True)].tolist()
     return Mistake(
         was=classes[_answer(logits[0][i])],
         now=classes[_answer(logits[1][i])],
@@ -145,9 +151,9 @@ def _mistake(
         asked=part.margin,
         margin_before=margins[0],
         margin_after=margins[1],
-        met=margins[1] > 0 and margins[1] >= part.margin,
+        met=met,
         row=row,
-        bars=tuple(Bar(classes[c], float(before[c]), float(after[c]), c == wanted) for c in shown),
+        bars=tuple(Bar(classes[c], float(before[c]), float(after[c]), c == wanted) for c in ordered),
         picture=image,
     )
 

@@ -65,7 +65,7 @@ class Histogram:
 
 
 def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
-    """Return round numbers that cover low to high in about `wanted` steps, the first at most low, the last at least high."""
+    """Return round numbers that cover low to high in about `wanted` steps, the ends included."""
     span = high - low if high > low else max(abs(low), 1.0)
     raw = span / wanted
     unit = 10.0 ** math.floor(math.log10(raw))

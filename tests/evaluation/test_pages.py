@@ -1,0 +1,403 @@
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zoo
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor, nn
+
+import weightpatch as wp
+from weightpatch.constraints import Classified, Kept, Within
+from weightpatch.editing import Result
+from weightpatch.errors import InvalidInput, MissingExtra, ShapeMismatch
+from weightpatch.evaluation import Comparison, Report, Row, comparison_page, edit_page
+from weightpatch.evaluation.pages._mistakes import find_rows
+from weightpatch.evaluation.pages._pictures import Scaled, default_picture, draw, png
+from weightpatch.evaluation.pages._plots import histogram, ticks
+from weightpatch.evaluation.pages._words import chance, count, decimal, percent, seconds, size
+
+VOID = {"meta", "img", "br", "link", "input", "path", "rect", "circle"}
+
+
+class Page(HTMLParser):
+    """Check that tags are balanced, and collect what a reader and a browser meet."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(self.source)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.tags if name == tag]
+
+    @property
+    def cards(self) -> int:
+        return sum(attrs.get("class", "") in ("is-broken", "is-repaired", "is-other") for attrs in self.all("li"))
+
+
+def check_self_contained(page: Page) -> None:
+    assert not page.all("script") and not page.all("link") and not page.all("iframe")
+    policy = next(m["content"] for m in page.all("meta") if m.get("http-equiv") == "Content-Security-Policy")
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    for tag, attrs in page.tags:
+        assert not any(name.startswith("on") for name in attrs)
+        assert "href" not in attrs and "id" not in attrs
+        if tag == "img":
+            assert attrs["alt"]
+            assert (attrs["src"] or "").startswith("data:image/png;base64,")
+        if attrs.get("role") == "img":
+            assert attrs["aria-label"]
+    assert "http" not in re.sub(r"http-equiv", "", page.source)
+    assert "url(" not in page.source and "@import" not in page.source
+
+
+@dataclasses.dataclass
+class Story:
+    """A model, an edit of it, and a test set."""
+
+    model: nn.Module
+    constraint: wp.constraints.Constraint | None
+    edit: wp.Edit
+    test: tuple[Tensor, Tensor]
+
+
+def story(channels: int = 1, classes: int = 4, lr: float = 1e-2, n: int = 60, **settings: object) -> Story:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(channels * 36, classes)).eval()
+    inputs = torch.randn(n, channels, 6, 6)
+    with torch.no_grad():
+        answers = model(inputs).argmax(1)
+    constraint = Classified(inputs[:1], (answers[:1] + 1) % classes, 0.1)
+    found = wp.edit(model, constraint, wp.editors.RMSProp(**{"lr": lr, "max_steps": 40, **settings}))
+    return Story(model, constraint, found, (inputs, answers))
+
+
+def make(path: Path, told: Story, **settings: object) -> tuple[Page, dict[str, object]]:
+    given = {"model": told.model, "edit": told.edit, "constraint": told.constraint, "test": told.test}
+    where = edit_page(path / "report.html", **given, **settings)
+    assert sorted(p.name for p in path.iterdir()) == ["report.html", "report.json"]
+    page = Page(where)
+    check_self_contained(page)
+    return page, json.loads((path / "report.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_edit_with_flips(tmp_path, channels):
+    told = story(channels)
+    seen = zoo.digest(told.model)
+    page, facts = make(tmp_path, told, classes=("cat", "dog", "bird", "fish"))
+    assert zoo.digest(told.model) == seen
+    assert facts["result"] == "satisfied" and "Patched" in page.text
+    flips = facts["comparison"]["flips"]
+    assert flips["broken"] > 0
+    assert page.cards == min(24, sum(flips.values())) == len(facts["shown"])
+    assert facts["mistakes"][0]["met"] and facts["mistakes"][0]["margin_after"] >= 0.1
+    assert facts["mistakes"][0]["row"] == 0
+    assert facts["patch"]["id"] in page.text and facts["editor"] in page.text
+    assert facts["patch"]["manifest"]["base"] in page.text
+    assert len(facts["curve"]["points"]) == 11
+    assert [
+        h for h in ("The mistake", "What else changed", "The trade-off", "Costs", "How it was made") if h in page.text
+    ]
+    assert len(page.all("img")) == 1 + page.cards
+    assert "the edit" in page.text
+
+
+def test_the_page_is_the_same_each_time(tmp_path):
+    told = story()
+    pages = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        make(tmp_path / name, told)
+        pages.append([(tmp_path / name / file).read_bytes() for file in ("report.html", "report.json")])
+    assert pages[0] == pages[1]
+
+
+def test_names_are_escaped(tmp_path):
+    told = story()
+    evil = "<script>alert(1)</script>\"'&"
+    page, facts = make(tmp_path, told, classes=(evil, evil, evil, evil), tables=[(evil, report())])
+    assert "<script" not in page.source
+    assert evil in page.text
+    assert facts["classes"] == [evil] * 4
+
+
+def test_no_flips(tmp_path):
+    told = story()
+    inputs, answers = told.test
+    with torch.no_grad():
+        sure = told.model(inputs).softmax(1).amax(1)
+    rest = (torch.arange(len(inputs)) > 0) & (sure > sure.quantile(0.5))
+    told.test = (inputs[rest], answers[rest])
+    told.constraint, told.edit = (
+        None,
+        wp.edit(told.model, Classified(inputs[:1], answers[:1], 0.01), wp.editors.RMSProp(lr=1e-6)),
+    )
+    page, facts = make(tmp_path, told)
+    assert sum(facts["comparison"]["flips"].values()) == 0
+    assert "No answer changed" in page.text and page.cards == 0
+
+
+def test_nothing_to_patch(tmp_path):
+    told = story()
+    inputs, answers = told.test
+    told.constraint, told.edit = (
+        None,
+        wp.edit(told.model, Classified(inputs[:1], answers[:1]), wp.editors.RMSProp(lr=1e-3)),
+    )
+    page, facts = make(tmp_path, told)
+    assert facts["result"] == "already_satisfied" and facts["curve"] is None
+    assert "Nothing to patch" in page.text and "The trade-off" not in page.text
+
+
+def test_not_patched(tmp_path):
+    page, facts = make(tmp_path, story(lr=1e-5, max_steps=1))
+    assert facts["result"] == "unsatisfied"
+    assert "Not patched" in page.text and "not met" in page.text
+
+
+def test_no_patch_at_all(tmp_path):
+    told = story()
+    told.edit = dataclasses.replace(told.edit, result=Result.nonfinite, patch=None, violation=float("nan"), drift=None)
+    page, facts = make(tmp_path, told)
+    assert facts["patch"] is None and facts["violation"] is None
+    assert "Not patched" in page.text
+
+
+def test_inputs_that_are_no_pictures(tmp_path):
+    case = next(c for c in zoo.CASES if c.name == "encoder")
+    model, inputs = case.model().eval(), case.inputs(30)
+    with torch.no_grad():
+        answers = model(inputs).argmax(1)
+    constraint = Classified(inputs[:1], (answers[:1] + 1) % 5)
+    found = wp.edit(model, constraint, wp.editors.RMSProp(lr=1e-2, max_steps=30), parameters=case.parameters)
+    page, facts = make(tmp_path, Story(model, constraint, found, (inputs, answers)))
+    assert not page.all("img")
+    assert page.cards == sum(facts["comparison"]["flips"].values()) > 0
+    assert "row 0" in page.text
+
+
+def test_own_pictures(tmp_path):
+    told = story()
+    page, _ = make(tmp_path, told, picture=lambda item: (item[0] > 0).numpy())
+    shown = Image.open(io.BytesIO(base64.b64decode((page.all("img")[0]["src"] or "").partition(",")[2])))
+    assert np.array_equal(np.asarray(shown), 255 * (told.test[0][0, 0] > 0).numpy())
+
+
+def test_many_demands(tmp_path):
+    told = story()
+    inputs, answers = told.test
+    constraint = Classified(inputs[:9], (answers[:9] + 1) % 4) & Kept(inputs[20:23])
+    told.constraint = constraint
+    told.edit = wp.edit(told.model, constraint, wp.editors.RMSProp(lr=3e-2, max_steps=200))
+    page, facts = make(tmp_path, told)
+    assert len(facts["mistakes"]) == 6
+    assert [(d["kind"], d["asked"]) for d in facts["demands"]] == [("Classified", 9), ("Kept", 3)]
+    assert facts["demands"][1]["met_before"] == 3
+    assert "The mistakes" in page.text
+
+
+def test_other_constraints(tmp_path):
+    told = story()
+    inputs, _ = told.test
+    with torch.no_grad():
+        target = told.model(inputs[:2]) + 1
+    told.constraint, told.edit = (
+        None,
+        wp.edit(told.model, Within(inputs[:2], target, 0.5), wp.editors.RMSProp(lr=1e-2, max_steps=60)),
+    )
+    page, facts = make(tmp_path, told)
+    assert facts["demands"][0]["kind"] == "Within" and facts["mistakes"] == []
+    assert "The demands" in page.text
+
+
+def report() -> Report:
+    rows = tuple(Row(i, Result.satisfied, i, -0.1, 0.5, 10**6, None, None) for i in range(3))
+    return Report("RMSProp(lr=0.001)", ("fc.*",), "independent", 100, 100, 0.07, rows)
+
+
+def test_tables(tmp_path):
+    page, facts = make(tmp_path, story(), tables=[("Real mistakes", report()), ("Random labels", report())])
+    assert "Over many edits" in page.text and "Random labels" in page.text and "base error" in page.text
+    assert facts["evaluations"][0]["summary"]["steps"]["value"] == 1
+
+
+def compared(n: int, classes: int, seed: int = 0) -> tuple[Comparison, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    before, after = torch.randn(2, n, classes, generator=generator)
+    inputs = torch.rand(n, 3, 8, 8, generator=generator)
+    return Comparison(before, after, torch.randint(classes, (n,), generator=generator)), inputs
+
+
+def test_thousands_of_flips_and_of_classes(tmp_path):
+    comparison, inputs = compared(3000, 200)
+    page = Page(comparison_page(tmp_path / "diff.html", comparison, title="v1 → v2", inputs=inputs))
+    check_self_contained(page)
+    assert page.cards == 24
+    assert f"the worst 24 of {comparison.flips.total:,}" in page.text
+    assert f"And {comparison.flips.total - 24:,} more" in page.text
+    assert "170 classes with fewer flips or none not listed" in page.text
+    facts = json.loads((tmp_path / "diff.json").read_text())
+    assert facts["comparison"] == json.loads(json.dumps(comparison.to_json()))
+    assert len(page.source) < 400_000
+
+
+def test_a_model_that_answers_nothing(tmp_path):
+    comparison, inputs = compared(10, 3)
+    broken = Comparison(comparison.before, comparison.after * float("nan"), comparison.labels)
+    page = Page(comparison_page(tmp_path / "diff.html", broken, title="a", inputs=inputs))
+    assert "no answer" in page.text
+
+
+def test_the_comparison_page_with_odd_inputs(tmp_path):
+    comparison, inputs = compared(40, 3)
+    for given_inputs in ((inputs, inputs), {"x": inputs, "flag": True}, inputs.flatten(1), inputs.argsort(1)[:, 0, 0]):
+        page = Page(comparison_page(tmp_path / "diff.html", comparison, title="<b>", inputs=given_inputs))
+        assert not page.all("img") and "&lt;b&gt;" in page.source
+    with pytest.raises(ShapeMismatch, match="40 items"):
+        comparison_page(tmp_path / "diff.html", comparison, title="a", inputs=inputs[:3])
+
+
+def test_bad_paths_and_test_sets_are_refused_before_any_work(tmp_path):
+    told = story()
+    for path in (tmp_path / "report.json", tmp_path):
+        with pytest.raises(InvalidInput, match="HTML"):
+            edit_page(path, model=told.model, edit=told.edit, test=told.test)
+    told.test = (told.test[0], told.test[1][:3])
+    with pytest.raises(ShapeMismatch, match="labels"):
+        edit_page(tmp_path / "report.html", model=told.model, edit=told.edit, test=told.test)
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_are_made_and_old_pages_replaced(tmp_path):
+    comparison, inputs = compared(40, 3)
+    path = tmp_path / "deep" / "er" / "diff.html"
+    for _ in range(2):
+        assert comparison_page(path, comparison, title="a", inputs=inputs) == path
+    assert sorted(p.name for p in path.parent.iterdir()) == ["diff.html", "diff.json"]
+
+
+def test_a_missing_extra_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    comparison, inputs = compared(40, 3)
+    with pytest.raises(MissingExtra, match=r'pip install "weightpatch\[report\]"'):
+        comparison_page(tmp_path / "diff.html", comparison, title="a", inputs=inputs)
+
+
+@given(st.lists(st.lists(st.integers(0, 1), min_size=3, max_size=3), min_size=1, max_size=30), st.integers(0, 29))
+def test_rows_are_found(values, chosen):
+    test = torch.tensor(values, dtype=torch.float32)
+    item = test[chosen % len(test)][None]
+    expected = [i for i, row in enumerate(values) if row == item[0].tolist()]
+    assert find_rows(test, item) == expected
+    assert find_rows({"x": test, "y": test[:, 0]}, {"x": item, "y": item[:, 0]}) == expected
+    assert find_rows((test, 3), (item, 3)) == expected
+    assert find_rows(test, item.double()) == find_rows(test, item[:, :2]) == find_rows(test, item + 2) == []
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.booleans(), st.integers(0, 2**32 - 1))
+def test_png_holds_the_pixels(height, width, colour, seed):
+    shape = (height, width, 3) if colour else (height, width)
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(png(pixels)))), pixels)
+
+
+@given(st.floats(-3, 3), st.floats(0.1, 5))
+def test_a_normalisation_is_undone(mean, std):
+    pixels = torch.randint(0, 256, (20, 3, 5, 5), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pixels[0, :, 0, 0], pixels[0, :, 0, 1] = 0, 255
+    scaled = Scaled.like((pixels / 255 - mean) / std)
+    assert torch.equal((255 * scaled((pixels[3] / 255 - mean) / std)).round().byte(), pixels[3].permute(1, 2, 0))
+
+
+def test_large_and_constant_pictures():
+    large = torch.rand(2, 3, 500, 300)
+    assert "base64" in draw(default_picture(large), large, 1).source
+    assert not draw(default_picture(large), large, 1).pixelated
+    shown = Image.open(io.BytesIO(base64.b64decode(draw(default_picture(large), large, 0).source.partition(",")[2])))
+    assert shown.size == (134, 224)
+    flat = torch.full((2, 1, 4, 4), 7.0)
+    assert draw(default_picture(flat), flat, 0).pixelated
+    raw = torch.full((2, 1, 4, 4), 7, dtype=torch.uint8)
+    found = Image.open(io.BytesIO(base64.b64decode(draw(default_picture(raw), raw, 0).source.partition(",")[2])))
+    assert np.asarray(found).max() == 7
+    with pytest.raises(InvalidInput, match="picture returned"):
+        draw(lambda item: torch.zeros(2, 2, 2), flat, 0)
+
+
+@given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
+def test_ticks_cover_the_range(low, span):
+    found = ticks(low, low + span)
+    assert 2 <= len(found) <= 8
+    assert found[0] <= low + 1e-9 * max(1, abs(low)) and found[-1] >= low + span - 1e-9 * max(1, abs(low) + span)
+    steps = np.diff(found)
+    assert steps == pytest.approx(steps[0], rel=1e-6)
+
+
+@given(st.lists(st.floats(-1, 1), min_size=1, max_size=50))
+def test_the_histogram_counts_every_item(values):
+    found = histogram(torch.tensor(values, dtype=torch.float64))
+    assert sum(int(c.text.rpartition(": ")[2].replace(",", "")) for c in found.columns) == len(values)
+    assert all(0 <= c.height <= 100 for c in found.columns)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (count(1234567), "1,234,567"),
+        (decimal(-0.001, 2, True), "0.00"),
+        (decimal(-1.5), "−1.50"),
+        (decimal(float("nan")), "–"),
+        (percent(0.0), "0.0\u2009%"),
+        (percent(0.0001), "<\u20090.1\u2009%"),
+        (percent(0.9999), ">\u200999.9\u2009%"),
+        (percent(1.0), "100.0\u2009%"),
+        (chance(0.001), "<1"),
+        (chance(0.42), "42"),
+        (chance(0.999), ">99"),
+        (size(999), "999\u2009B"),
+        (size(1500), "1.5\u2009kB"),
+        (size(228_700), "229\u2009kB"),
+        (size(None), "not measured"),
+        (seconds(0.0123), "12\u2009ms"),
+        (seconds(2.34), "2.3\u2009s"),
+        (seconds(600), "10.0\u2009min"),
+    ],
+)
+def test_words(found, expected):
+    assert found == expected
