@@ -159,7 +159,9 @@ def _packed(model: nn.Module) -> dict[str, str]:
     return {
         f"{name}.weight": f"is packed in a quantised {type(module).__name__}; edit the float model and quantise again"
         for name, module in model.named_modules()
-        if "quantized" in type(module).__module__ and hasattr(module, "_packed_params")
+        if "quantized" in type(module).__module__
+        and hasattr(module, "_packed_params")
+        and not name.endswith("_packed_params")
     }
 
 
