@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ._calling import Inputs, Params, describe
 from ._cost import Cost, measured
 from .constraints import Constraint, check_consistent
-from .editors import Editor, RMSProp, Shrink
+from .editors import Editor, ladder
 from .errors import EditFailed, InvalidInput, NonFinite, ShapeMismatch
 from .locality import Locality
 from .network import Network, check_finite
@@ -122,7 +122,7 @@ def edit(
     Args:
         model: any eager module, in any mode.
         constraint: what must become true.
-        editor: how; `Shrink(RMSProp(lr=1e-3, max_steps=50))` when not given.
+        editor: how; `editors.ladder` when not given, with a penalty on the drift where `keep` is given.
         keep: what should stay: measured as `drift`, and a penalty where the editor has a `keep_weight`.
         parameters: which parameters may move, as one or several glob patterns of their names.
 
@@ -130,7 +130,7 @@ def edit(
         InvalidInput: a value, shape, label or pattern cannot be used, or the model or its answers are not finite.
         NotEditable: a chosen parameter cannot be edited.
     """
-    editor = Shrink(RMSProp(max_steps=50)) if editor is None else editor
+    editor = ladder(keep_weight=100.0 if keep is not None else 0.0) if editor is None else editor
     _check_arguments(model, constraint, editor, keep)
     check_finite(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -47,5 +47,14 @@ def item_index(items: tuple[int, ...], data: LabelledImages) -> Tensor:
     return torch.tensor(items)
 
 
+def hold_back(data: LabelledImages, n: int) -> tuple[LabelledImages, LabelledImages]:
+    """Split off n images, at most a quarter, that hold edits back; what changes is measured on the others."""
+    import torch
+
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    n = min(n, len(data) // 4)
+    return data[order[:n]], data[order[n:].sort().values]
+
+
 def _plain(values: tuple[float, ...]) -> float | tuple[float, ...]:
     return values[0] if len(values) == 1 else values

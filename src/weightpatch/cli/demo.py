@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..editing import Edit
-    from ..editors import Editor
     from ..evaluation import Report
+    from ..locality import Locality
     from ..patches import Patch
     from ..tasks.images import LabelledImages
 
 BLOCK = "layer3.*"
 MARGIN = 0.1
+KEPT = 256  # the first images hold the edits back; what else changes is measured on all others
 ASKED: dict[str, Literal["mistakes", "random"]] = {"real mistakes": "mistakes", "random labels": "random"}
 
 
@@ -39,7 +40,8 @@ def demo(output: Path = Path("demo-output"), edits: int = 100, json: bool = Fals
 
     out = console(json)
     output.mkdir(parents=True, exist_ok=True)
-    model, test = images.fashion_classifier(), images.fashion_test()
+    model, everything = images.fashion_classifier(), images.fashion_test()
+    kept, test = everything[slice(0, KEPT)], everything[slice(KEPT, len(everything))]
     answers = _answers(model, test)
     mistakes = (answers != test.labels).nonzero().squeeze(1)
     out.print(
@@ -49,12 +51,12 @@ def demo(output: Path = Path("demo-output"), edits: int = 100, json: bool = Fals
 
     item = int(mistakes[0])
     image, label = test.images[item : item + 1], test.labels[item : item + 1]
-    fix, keep = Classified(image, label, MARGIN), Locality(test.images[:512])
+    fix, keep = Classified(image, label, MARGIN), Locality(kept.images)
     out.print(
-        f"[bold]2. The mistake[/] test image {item}, the first: class {test.classes[int(label)]}, "
+        f"[bold]2. The mistake[/] the first one, item {item}: class {test.classes[int(label)]}, "
         f"taken for {test.classes[int(answers[item])]}"
     )
-    found = run(model, fix, good_default(), keep=keep, parameters=BLOCK).raise_for_result()
+    found = run(model, fix, keep=keep, parameters=BLOCK).raise_for_result()
     out.print(f"[bold]3. The patch[/] {found}")
 
     path = output / f"{item}.patch.safetensors"
@@ -62,7 +64,7 @@ def demo(output: Path = Path("demo-output"), edits: int = 100, json: bool = Fals
     comparison = compare(model, after, (test.images, test.labels))
     out.print(f"[bold]5. What else changed[/] {comparison}")
 
-    reports = _measure(model, test, edits, output, out)
+    reports = _measure(model, test, keep, edits, output, out)
     page = edit_page(
         output / "report.html",
         model=model,
@@ -83,13 +85,6 @@ def demo(output: Path = Path("demo-output"), edits: int = 100, json: bool = Fals
         "evaluations": {name: asdict(report.summary) for name, report in reports.items()},
     }
     return Answer(facts)
-
-
-def good_default() -> Editor:
-    """Return the editor that the validation split of the table favours, walked back to the smallest step that holds."""
-    from .. import editors
-
-    return editors.Shrink(editors.RMSProp(lr=1e-3, max_steps=50))
 
 
 def _answers(model: nn.Module, test: LabelledImages) -> Any:
@@ -125,11 +120,14 @@ def _journey(model: nn.Module, found: Edit, fix: Any, path: Path, out: Console) 
     return patched
 
 
-def _measure(model: nn.Module, test: LabelledImages, edits: int, output: Path, out: Console) -> dict[str, Report]:
+def _measure(
+    model: nn.Module, test: LabelledImages, keep: Locality, edits: int, output: Path, out: Console
+) -> dict[str, Report]:
     """Evaluate real-mistake edits and random-label edits, and print the table."""
     from rich.table import Table
 
     from .. import evaluate
+    from ..editors import ladder
     from ..evaluation import figures
     from ..tasks import images
     from .evaluate import draw
@@ -139,7 +137,8 @@ def _measure(model: nn.Module, test: LabelledImages, edits: int, output: Path, o
         reports[name] = evaluate(
             model,
             draw(model, test, edits, labels, MARGIN, seed=0),
-            good_default(),
+            ladder(keep_weight=100.0),
+            keep=keep,
             test=(test.images, test.labels),
             parameters=BLOCK,
             altered=images.altered,

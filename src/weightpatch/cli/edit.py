@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from ._data import SHIPPED, class_index, item_index, load_data
+from ._data import SHIPPED, class_index, hold_back, item_index, load_data
 from ._model import load_model
 from ._output import Answer, console
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..editing import Edit
     from ..editors import Editor
     from ..evaluation import Comparison
+    from ..locality import Locality
     from ..tasks.images import LabelledImages
 
 import tyro
@@ -29,11 +30,11 @@ class Settings:
     """Which parameters may move: glob patterns of their names."""
     editor: EditorName = "RMSProp"
     """The update rule."""
-    lr: float = 1e-3
+    lr: float = 3e-4
     """Its learning rate."""
-    max_steps: int = 50
+    max_steps: int = 100
     """The most updates made."""
-    keep_weight: float = 0.0
+    keep_weight: float = 100.0
     """How much KL(before || after) on other images weighs in the loss."""
     shrink: bool = True
     """Walk back to the smallest step that still holds."""
@@ -72,7 +73,7 @@ def edit(
     output: Path = Path("edit.patch.safetensors"),
     report: Path | None = None,
     margin: float = 0.1,
-    keep: int = 512,
+    keep: int = 256,
     max_drawdown: float | None = None,
     settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     reading: Annotated[Reading, tyro.conf.arg(name="")] = Reading(),
@@ -90,7 +91,7 @@ def edit(
         output: Where the patch is written, when the edit holds.
         report: Where to write an HTML report.
         margin: By how much the class must win, in logits.
-        keep: How many other images measure the drift.
+        keep: How many of the test images hold the edit back; the others, at least three quarters, measure it.
         max_drawdown: A gate: the largest loss of test accuracy allowed, in percentage points.
         settings: How to look for the edit.
         reading: How images become tensors.
@@ -98,19 +99,18 @@ def edit(
     """
     import torch
 
-    from .. import Locality, compare
+    from .. import compare
     from .. import edit as run
     from ..constraints import Classified
     from ..editing import Result
 
     out = console(json)
     network, images = load_model(model, weights), reading.load(data)
-    tested = images if test is None else reading.load(test)
     rows = item_index(item, images)
     wanted = images.labels[rows] if label is None else torch.full_like(rows, class_index(label, images.classes))
     constraint = Classified(images.images[rows], wanted, margin)
-    others = tested.images[torch.randperm(len(tested), generator=torch.Generator().manual_seed(0))[:keep]]
-    found = run(network, constraint, settings.make(), keep=Locality(others), parameters=settings.parameters)
+    kept, tested = hold_back(images if test is None else reading.load(test), keep)
+    found = run(network, constraint, settings.make(), keep=locality(kept), parameters=settings.parameters)
     out.print(f"{found}\n{found.result.value}")
     held = found.result in (Result.satisfied, Result.already_satisfied)
     if found.patch is None:
@@ -155,6 +155,13 @@ def _compare(network: Any, found: Edit, tested: LabelledImages, compare: Any) ->
     found.patch.apply(after)
     result: Comparison = compare(network, after, (tested.images, tested.labels))
     return result
+
+
+def locality(kept: LabelledImages) -> Locality | None:
+    """Return what should stay; None for no images."""
+    from .. import Locality
+
+    return Locality(kept.images) if len(kept) else None
 
 
 def _facts(found: Edit) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from ._data import SHIPPED
+from ._data import SHIPPED, hold_back
 from ._model import load_model
 from ._output import Answer, console
-from .edit import Reading, Settings
+from .edit import Reading, Settings, locality
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,6 +30,7 @@ def evaluate(
     sequential: bool = False,
     margin: float = 0.1,
     seed: int = 0,
+    keep: int = 256,
     results: Path | None = None,
     output: Path | None = None,
     min_success: float | None = None,
@@ -49,6 +50,7 @@ def evaluate(
         sequential: Apply the edits one on another and re-test the earlier ones.
         margin: By how much the class must win, in logits.
         seed: Which items and labels are drawn.
+        keep: How many of the test images hold the edits back; the others, at least three quarters, measure them.
         results: A JSONL file, one line an edit; a killed run continues from it.
         output: Where to write the summary as JSON.
         min_success: A gate: the least share of edits that must hold, from 0 to 1.
@@ -61,13 +63,14 @@ def evaluate(
     from ..tasks import images
 
     network, source = load_model(model, weights), reading.load(data)
-    tested = source if test is None else reading.load(test)
+    kept, tested = hold_back(source if test is None else reading.load(test), keep)
     report = run(
         network,
         draw(network, source, edits, labels, margin, seed),
         settings.make(),
         test=(tested.images, tested.labels),
         parameters=settings.parameters,
+        keep=locality(kept),
         altered=images.altered,
         protocol=Sequential() if sequential else Independent(),
         results=results,

@@ -3,6 +3,7 @@
 from .adam import Adam
 from .base import Editor, IterativeEditor, Solution, iterate
 from .gradient_descent import GradientDescent
+from .ladder import ladder
 from .momentum import Momentum
 from .retry import Retry
 from .rmsprop import RMSProp
@@ -23,4 +24,5 @@ __all__ = [
     "Shrink",
     "Solution",
     "iterate",
+    "ladder",
 ]
