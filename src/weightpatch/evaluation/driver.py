@@ -9,11 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from .._calling import Inputs, check_batch
+from .._calling import check_batch
 from ..constraints import Constraint
 from ..editing import Result
 from ..editors import Editor
@@ -41,7 +39,7 @@ def evaluate(
     test: TestSet,
     parameters: str | Sequence[str] = "*",
     keep: Locality | None = None,
-    altered: Callable[[Inputs], Inputs] | None = None,
+    altered: Callable[[Any], Any] | None = None,
     protocol: Protocol | None = None,
     results: str | Path | None = None,
     batch_size: int = 500,
@@ -118,7 +116,7 @@ def _header(
     editor: Editor,
     test: TestSet,
     keep: Locality | None,
-    altered: Callable[[Inputs], Inputs] | None,
+    altered: Callable[[Any], Any] | None,
     protocol: Protocol,
 ) -> dict[str, Any]:
     """Return what two runs must share for one to continue the other."""
@@ -162,6 +160,9 @@ def _feed(value: Any, update: Callable[[bytes], None]) -> None:
 
 @contextmanager
 def _progress(total: int, wanted: bool) -> Iterator[Callable[[Sequence[Row]], None]]:
+    from rich.console import Console  # rich draws random numbers when it is imported
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     console = Console(stderr=True)
     if not (wanted and console.is_terminal):
         yield lambda rows: None

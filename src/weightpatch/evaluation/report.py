@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, final
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, Any, final
 
 from ..editing import Result
 from ..errors import InvalidInput
 from .metrics import Estimate, Flips, bootstrap_mean, wilson
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = ["Checkpoint", "Impact", "Report", "Row", "Summary"]
 
@@ -183,6 +183,8 @@ class Report:
         return text + f", base error {100 * self.base_error:.2f} %)"
 
     def __str__(self) -> str:
+        from rich.console import Console  # rich draws random numbers when it is imported
+
         console = Console(width=100, record=False, force_terminal=False, no_color=True)
         with console.capture() as capture:
             console.print(self)
@@ -262,6 +264,8 @@ def _finite(value: Any) -> Any:
 
 
 def _summary_table(report: Report) -> Table:
+    from rich.table import Table
+
     found = report.summary
     apart = f", {found.already_satisfied} more held already" if found.already_satisfied else ""
     table = Table(
@@ -292,6 +296,8 @@ def _summary_table(report: Report) -> Table:
 
 
 def _checkpoint_table(report: Report) -> Table:
+    from rich.table import Table
+
     table = Table(title="one edit on another")
     for heading in ("edits", "retained", "drawdown", "broken", "repaired", "other", "drift"):
         table.add_column(heading, justify="right")
