@@ -253,6 +253,30 @@ def test_a_way_chosen_by_the_input_gets_a_plan_of_its_own():
     ]
 
 
+class InputDependence(nn.Module):
+    """The same calls in the same order, but for some inputs `block` is given what depends on the edit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.edited, self.block = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        z = self.edited(h)
+        return self.block(h * 1.0 if x.sum() > 0 else z * 1.0) + z[:, :3]
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_what_depends_on_the_edit_may_change_with_the_input(tracked: bool):
+    model = InputDependence()
+    network = Network(model, "edited.*")
+    with torch.set_grad_enabled(tracked):
+        for seed in range(3):
+            for x in (cases.floats(3, 6).abs(), -cases.floats(3, 6).abs()):
+                params = moved(network.start, seed)
+                close(network.at(params)(x), oracle(model, params, (x,), {}))
+
+
 class Counting(nn.Module):
     """Answers differently at every call, even in eval mode."""
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .._calling import Params
 from ..errors import NotEditable
@@ -156,10 +157,14 @@ class Replayer:
         return self.full(params, *inputs), Recording()
 
     def _record(self, plan: Plan, params: Params, inputs: Call) -> tuple[Any, Recording]:
+        """Run a full pass that records; it tracks gradients even where none is wanted, to see what depends."""
+        wanted = torch.is_grad_enabled() and any(value.requires_grad for value in params.values())
+        tracked = {name: v if v.requires_grad else v.detach().requires_grad_() for name, v in params.items()}
         args, kwargs = self._fresh(inputs)
         run = Record(plan, flatten_call(args, kwargs)[0])
-        output = self._pass(params, args, kwargs, run)
-        return output, run.close()
+        with torch.enable_grad():
+            output = self._pass(tracked, args, kwargs, run)
+        return output if wanted else pytree.tree_map_only(Tensor, torch.detach, output), run.close()
 
     def _checked(self, recording: Recording, expected: Any, params: Params, inputs: Call, output: Any) -> Recording:
         """Compare replays with full passes; return the recording without what no replay reads."""
