@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import zoo
@@ -10,10 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from weightpatch.evaluation import engines, predictor
-from weightpatch.evaluation.predictor import FastPredictor, SlowPredictor
+from weightpatch.evaluation.predictor import Drift, FastPredictor, SlowPredictor
 from weightpatch.evaluation.screening import answers, margins, settle, spread
-from weightpatch.evaluation.steps import channels_last
+from weightpatch.evaluation.steps import Halving, channels_last
 from weightpatch.evaluation.tracing import Trace
+from weightpatch.locality import divergence
 from weightpatch.network import Network, structural_clone
 
 BATCH = 16
@@ -93,10 +96,69 @@ def test_every_part_of_a_residual_network(parameters: str) -> None:
     assert fast.predict(edited(network, 0.01)).exact < 61  # some items were far enough from a tie
 
 
+@pytest.mark.parametrize("parameters", ["*", "layer2.*", "layer2.0.downsample.*", "fc.*"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_one_batch_behind_the_edit_is_bit_for_bit_that_of_a_full_pass(
+    parameters: str, layout: torch.memory_format
+) -> None:
+    case = next(case for case in zoo.CASES if case.name == "resnet")
+    model, inputs = case.model().to(memory_format=layout), case.inputs(40).to(memory_format=layout)  # type: ignore[call-overload]
+    network = Network(model, parameters)
+    with network.isolated(), torch.no_grad():
+        engine = engines.Traced.of(model, network, inputs, BATCH)
+        for seed in range(3):
+            params = edited(network, 0.3, seed)
+            for number, batch in enumerate(inputs.split(BATCH)):
+                assert torch.equal(engine.batch(params, number), network.full(params)(batch))
+
+
+class Pooling(nn.Module):
+    """Takes 2×2 maxima of what may be negative and of what may not, of even and of odd sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.conv3 = (
+            nn.Conv2d(c, c, 3, padding=1, groups=g) for c, g in ((2, 1), (2, 2), (2, 1))
+        )
+        self.pool1, self.pool2, self.pool3 = nn.MaxPool2d(2), nn.MaxPool2d((2, 2), 2), nn.MaxPool2d(2)
+        self.relu, self.fc = nn.ReLU(), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool1(self.relu(self.conv1(x)))
+        x = self.pool2(self.conv2(x) + self.conv1(x))
+        return self.fc(self.pool3(torch.relu(self.conv3(x))).mean((2, 3)))
+
+
+@pytest.mark.usefixtures("_always_rough")
+def test_maxima_of_signed_and_of_odd_sizes() -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(61, 2, 12, 12)
+    model = diverse(Pooling(), inputs)
+    trace = Trace(structural_clone(model), ("conv1.weight",))
+    pools = [step for step in trace.fused if isinstance(step, Halving)]
+    assert [step.positive for step in pools] == [True, False, True]
+    fast, slow, network = compared(model, "*", inputs)
+    assert fast.untraced_because == ""
+    agree(fast, slow, network)
+
+
+def test_the_drift_is_that_of_the_definition_also_where_classes_are_impossible() -> None:
+    random = torch.Generator().manual_seed(0)
+    before, after = 5 * torch.randn(2, 50, 4, generator=random)
+    assert Drift(before).to(after) == pytest.approx(float(divergence(before, after).mean()), rel=1e-5)
+    assert Drift(before).to(before) == 0
+    before[:, 2] = after[:, 2] = -torch.inf
+    assert Drift(before).to(after) == pytest.approx(float(divergence(before, after).mean()), rel=1e-5)
+    after[0, 1] = -torch.inf
+    assert Drift(before).to(after) == torch.inf
+    after[0, 0] = torch.nan
+    assert math.isnan(Drift(before).to(after))
+
+
 def test_a_convolution_swallows_what_follows_it() -> None:
     model = structural_clone(next(case for case in zoo.CASES if case.name == "resnet").model())
     trace = Trace(model, ("layer2.1.conv1.weight",))
-    assert [type(step).__name__ for step in trace.after] == ["Convolution", "Convolution", "Call", "Whole"]
+    assert [type(step).__name__ for step in trace.fused] == ["Convolution", "Convolution", "Call", "Whole"]
     assert [node.name for node in trace.cuts] == ["layer2_0_relu_1"]
 
 

@@ -42,7 +42,7 @@ def evaluate(
     altered: Callable[[Any], Any] | None = None,
     protocol: Protocol | None = None,
     results: str | Path | None = None,
-    batch_size: int = 500,
+    batch_size: int = 250,
     progress: bool = True,
 ) -> Report:
     """Make many edits of one model and measure what each does to a labelled test set; the model is left as it is.

@@ -34,6 +34,10 @@ class Engine(ABC):
         """Return the logits of the items in `index`, shape (len(index), classes)."""
 
     @abstractmethod
+    def batch(self, params: Params, number: int) -> Tensor:
+        """Return the logits of one batch of the test set as a full pass gives them, bit for bit where that can be."""
+
+    @abstractmethod
     def first(self, weights: Any) -> Tensor:
         """Return the logits of the first items, as many as are run at once: what a timing needs."""
 
@@ -49,8 +53,10 @@ class Traced(Engine):
     Its float32 logits differ from those of a full pass by rounding.
     """
 
-    def __init__(self, suffix: Suffix, recorded: Recorded) -> None:
-        self._suffix, self._recorded = suffix, recorded
+    def __init__(self, trace: Trace, recorded: Recorded, batch_size: int, dtype: torch.dtype = torch.float32) -> None:
+        self._trace, self._recorded, self._batch_size = trace, recorded, batch_size
+        self._suffix = Suffix(trace, dtype, recorded)
+        self._plain = Suffix(trace, dtype, recorded, plain=True)
 
     @staticmethod
     def of(model: nn.Module, network: Network, inputs: Inputs, batch_size: int) -> Traced:
@@ -67,8 +73,7 @@ class Traced(Engine):
         item = sum(value.nbytes for value in trace.record(rows(inputs, slice(0, 1))))
         if item * length(inputs) * 1.5 > BUDGET:
             trace = Trace(clone, network.names, whole=True)
-        recorded = Recorded.of(trace, inputs, batch_size)
-        return Traced(Suffix(trace, torch.float32, recorded), recorded)
+        return Traced(trace, Recorded.of(trace, inputs, batch_size), batch_size)
 
     def weights(self, params: Params) -> Any:
         """Fold and convert the weights."""
@@ -82,14 +87,18 @@ class Traced(Engine):
         """Return the logits of some items, gathered from what is recorded."""
         return self._suffix.some(weights, self._recorded, index)
 
+    def batch(self, params: Params, number: int) -> Tensor:
+        """Return the logits of one batch by the model's own operations on values laid out as it makes them."""
+        cut = self._recorded.original(slice(number * self._batch_size, (number + 1) * self._batch_size))
+        return self._plain.run(self._plain.prepare(params), cut)
+
     def first(self, weights: Any) -> Tensor:
         """Return the logits of the first items."""
-        return self._suffix.run(weights, self._recorded.take(slice(0, 2000)))
+        return self._suffix.first(weights, self._recorded)
 
     def rough(self) -> Traced:
         """Return the same with everything converted to bfloat16."""
-        recorded = self._recorded.to(torch.bfloat16)
-        return Traced(Suffix(self._suffix.trace, torch.bfloat16, recorded), recorded)
+        return Traced(self._trace, self._recorded.to(torch.bfloat16), self._batch_size, torch.bfloat16)
 
 
 @final
@@ -135,7 +144,7 @@ class Replayed(Engine):
     def over(self, weights: Any) -> Tensor:
         """Return the logits of all items, batch by batch."""
         with self._precision():
-            return torch.cat([self._run(weights, i) for i in range(len(self._batches))])
+            return torch.cat([self.batch(weights, i) for i in range(len(self._batches))])
 
     def some(self, weights: Any, index: Tensor) -> Tensor:
         """Return the logits of some items by full passes, or of the sample by a replayed one."""
@@ -145,21 +154,22 @@ class Replayed(Engine):
             parts: tuple[Tensor, ...] = torch.split(index, self._batch_size)
             return torch.cat([outputs(self._network.full(weights), rows(self._inputs, part)) for part in parts])
 
+    def batch(self, params: Params, number: int) -> Tensor:
+        """Return the logits of one batch."""
+        recording = self._recordings[number]
+        if recording is None:
+            return outputs(self._network.full(params), rows(self._inputs, self._batches[number]))
+        return outputs(lambda: self._network.run(params, recording), ())
+
     def first(self, weights: Any) -> Tensor:
         """Return the logits of the first batch."""
         with self._precision():
-            return self._run(weights, 0)
+            return self.batch(weights, 0)
 
     def rough(self) -> Replayed:
         """Return the same under autocast."""
         made = (self._recordings, self._sampled)
         return Replayed(self._network, self._inputs, self._batch_size, self._sample, made, autocast=True)
-
-    def _run(self, params: Params, number: int) -> Tensor:
-        recording = self._recordings[number]
-        if recording is None:
-            return outputs(self._network.full(params), rows(self._inputs, self._batches[number]))
-        return outputs(lambda: self._network.run(params, recording), ())
 
     def _precision(self) -> AbstractContextManager[Any]:
         return torch.autocast(self._network.device.type, torch.bfloat16) if self._autocast else nullcontext()

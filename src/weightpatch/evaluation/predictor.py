@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from ..network import Network
 from .engines import Engine, Replayed, Traced
 from .screening import answers, margins, settle
 
-__all__ = ["FastPredictor", "Prediction", "Predictor", "SlowPredictor"]
+__all__ = ["Drift", "FastPredictor", "Prediction", "Predictor", "SlowPredictor"]
 
 _SAMPLE = 500
 _SCREENED = 2000  # items below which approximating first is not worth its overhead
@@ -64,12 +63,12 @@ class SlowPredictor(Predictor):
     def __init__(self, model: nn.Module, network: Network, inputs: Inputs, batch_size: int) -> None:
         self._model, self._network, self._inputs, self._batch_size = model, network, inputs, batch_size
         before = self._logits(network.rounded(network.start))
-        self.base, self.drift_items, self._before = answers(before), len(before), before.log_softmax(1)
+        self.base, self.drift_items, self._drift = answers(before), len(before), Drift(before)
 
     def predict(self, params: Params) -> Prediction:
         """Return the answers by a full pass."""
         logits = self._logits(params)
-        return Prediction(answers(logits), _drift(self._before, logits), len(logits))
+        return Prediction(answers(logits), self._drift.to(logits), len(logits))
 
     def _logits(self, params: Params) -> Tensor:
         n, size = length(self._inputs), self._batch_size
@@ -103,27 +102,24 @@ class FastPredictor(Predictor):
     def __init__(
         self, model: nn.Module, network: Network, inputs: Inputs, batch_size: int, drift_items: int | None = None
     ) -> None:
-        self._network, self._inputs, self._batch_size = network, inputs, batch_size
-        n = length(inputs)
-        self._sample = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:_SAMPLE].sort().values
+        self._network, self._inputs, self._batch_size, n = network, inputs, batch_size, length(inputs)
+        sample = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:_SAMPLE]
+        self._sample = sample.sort().values.to(network.device)
         with self._network.isolated(), torch.no_grad():
             start = network.rounded(network.start)
-            exact = torch.cat([self._batch(start, i) for i in range(-(-n // batch_size))])
-            self._sample, self.base = self._sample.to(exact.device), answers(exact)
-            self._fine = self._engine(model, start, exact)
-            self._coarse = None if drift_items == n else self._faster(start)
+            self._fine = self._engine(model, start)
+            self._coarse = None if drift_items == n else self._faster(start, n)
             self._on_sample = self._coarse is not None if drift_items is None else drift_items < n
             self.drift_items = len(self._sample) if self._on_sample else n
-            weights = self._fine.weights(start)
-            before = self._fine.some(weights, self._sample) if self._on_sample else self._fine.over(weights)
-            self._before = before.log_softmax(1)
+            logits = self._fine.over(self._fine.weights(start))
+            self.base = self._untied(start, logits)
+            self._drift = Drift(self._for_drift(logits))
 
     def predict(self, params: Params) -> Prediction:
         """Return the answers, as a full pass gives them."""
         with self._network.isolated(), torch.no_grad():
             logits, exact = self._logits(params)
-            drift = _drift(self._before, logits[self._sample] if self._on_sample else logits)
-            return Prediction(self._untied(params, logits), drift, exact)
+            return Prediction(self._untied(params, logits), self._drift.to(self._for_drift(logits)), exact)
 
     def _logits(self, params: Params) -> tuple[Tensor, int]:
         weights = self._fine.weights(params)
@@ -133,8 +129,11 @@ class FastPredictor(Predictor):
         logits, known = settle(coarse, lambda index: self._fine.some(weights, index), self._sample)
         return logits, int(known.sum())
 
+    def _for_drift(self, logits: Tensor) -> Tensor:
+        return logits[self._sample] if self._on_sample else logits
+
     def _untied(self, params: Params, logits: Tensor) -> Tensor:
-        """Answer by full passes of their batches what is as close to a tie as the order of rounding decides."""
+        """Answer as a full pass of their batches does what is as close to a tie as the order of rounding decides."""
         classes = answers(logits)
         tied = (~(margins(logits) > self._rounding * logits.abs().amax())).nonzero().squeeze(1)
         for number in sorted(set((tied // self._batch_size).tolist())):
@@ -142,39 +141,39 @@ class FastPredictor(Predictor):
             classes[number * self._batch_size :][: len(found)] = found
         return classes
 
-    def _batch(self, params: Params, number: int) -> Tensor:
+    def _full(self, params: Params, number: int) -> Tensor:
         start = number * self._batch_size
         return outputs(self._network.full(params), rows(self._inputs, slice(start, start + self._batch_size)))
 
-    def _engine(self, model: nn.Module, start: Params, exact: Tensor) -> Engine:
+    def _engine(self, model: nn.Module, start: Params) -> Engine:
         """Return the fastest engine that gives the same logits, and note how far it rounds from them."""
-        self.untraced_because = ""
+        exact, self.untraced_because = self._full(start, 0), ""
+        first = torch.arange(len(exact), device=exact.device)
         try:
             traced = Traced.of(model, self._network, self._inputs, self._batch_size)
-            self._rounding = _rounding(traced.over(traced.weights(start)), exact)
+            self._rounding = _rounding(traced.some(traced.weights(start), first), exact)
+            self._batch = traced.batch if torch.equal(traced.batch(start, 0), exact) else self._full
             if self._rounding < 1e-3:
                 return traced
             self.untraced_because = f"its logits are off by {self._rounding / 10:.1g} of the largest"
         except Exception as error:  # whatever goes wrong on the fast way, the plain one is left
             self.untraced_because = f"{type(error).__name__}: {error}"
         replayed = Replayed(self._network, self._inputs, self._batch_size, self._sample)
-        self._rounding = _rounding(replayed.some(start, self._sample), exact[self._sample])
+        self._rounding = _rounding(replayed.some(start, first[:64]), exact[:64])
+        self._batch = replayed.batch
         return replayed
 
-    def _faster(self, start: Params) -> Engine | None:
+    def _faster(self, start: Params, n: int) -> Engine | None:
         """Return a bfloat16 engine where it is faster, else None."""
-        n = len(self.base)
         if n < _SCREENED or any(value.dtype != torch.float32 for value in start.values()):
             return None
         try:
             rough = self._fine.rough()
-            weights, exact_weights = rough.weights(start), self._fine.weights(start)
-            items = len(self._fine.first(exact_weights))
-            fine = _quickest(lambda: self._fine.first(exact_weights))
-            coarse = _quickest(lambda: rough.first(weights))
+            coarse = _seconds_an_item(rough, start)
         except Exception:
             return None
-        return rough if fine * n / items > _NEGLIGIBLE and coarse < _GAIN * fine else None
+        fine = _seconds_an_item(self._fine, start)
+        return rough if fine * n > _NEGLIGIBLE and coarse < _GAIN * fine else None
 
 
 def _rounding(logits: Tensor, exact: Tensor) -> float:
@@ -182,15 +181,42 @@ def _rounding(logits: Tensor, exact: Tensor) -> float:
     return max(1e-6, 10 * float((logits - exact).abs().max() / exact.abs().max()))
 
 
-def _drift(before: Tensor, logits: Tensor) -> float:
-    """Return mean KL(before || after) in nats, given the log-probabilities before and the logits after."""
-    return float((before.exp() * (before - logits.log_softmax(1))).sum(1).mean())
+@final
+class Drift:
+    """Mean KL(before || after) in nats, from one set of logits (n, classes) to many others.
+
+    ``KL = h(after) - h(before)`` with ``h(z) = log Σ exp z - Σ p z`` and p the probabilities before; exactly 0 where
+    nothing changed. In float64, since both sides are large.
+    """
+
+    def __init__(self, before: Tensor) -> None:
+        self._p = before.double().softmax(1)
+        self._possible = None if bool((self._p > 0).all()) else self._p > 0
+        self._before = self._cross(before)
+
+    def to(self, after: Tensor) -> float:
+        """Return how far these logits are; NaN where that is not finite."""
+        return float((self._cross(after) - self._before).mean())
+
+    def _cross(self, logits: Tensor) -> Tensor:
+        z = logits.double()
+        finite = z if self._possible is None else z.where(self._possible, 0)  # p = 0 adds nothing, also at -inf
+        return z.logsumexp(1) - (self._p * finite).sum(1)
 
 
-def _quickest(work: Callable[[], Any]) -> float:
-    times = []
+def _seconds_an_item(engine: Engine, params: Params) -> float:
+    """Time one pass: the CPU time of this thread where that is the device, which other work on the machine spares."""
+    weights, times = engine.weights(params), []
     for _ in range(4):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
+        started = _clock(params)
+        items = len(engine.first(weights))
+        times.append((_clock(params) - started) / items)
     return min(times[1:])
+
+
+def _clock(params: Params) -> float:
+    device = next(iter(params.values())).device
+    if device.type == "cpu":
+        return time.thread_time()
+    torch.accelerator.synchronize(device)
+    return time.perf_counter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from .._calling import Params
 
-__all__ = ["Step", "steps_of"]
+__all__ = ["Halving", "Step", "Whole", "channels_last", "fused_steps", "plain_steps"]
 
 _ADDS = (operator.add, operator.iadd, torch.add)
 _ACTIVATIONS = (F.relu, torch.relu, "relu", "relu_")
@@ -77,12 +77,15 @@ class Whole(Step):
     names: dict[str, str] = field(default_factory=dict)
 
     def weights(self, params: Params, dtype: torch.dtype) -> tuple[nn.Module, Params]:
+        """Return the module in this dtype, converted once, and its edited parameters by its own names."""
         key = f"_{dtype}"
         if key not in self.__dict__:
-            setattr(self, key, copy.deepcopy(self.module).to(dtype))
+            same = all(t.dtype == dtype for t in self.module.state_dict().values() if t.is_floating_point())
+            setattr(self, key, self.module if same else copy.deepcopy(self.module).to(dtype))
         return getattr(self, key), {own: params[name].to(dtype) for own, name in self.names.items() if name in params}
 
     def run(self, weights: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call the module."""
         module, changed = weights
         return torch.func.functional_call(module, changed, args, kwargs) if changed else module(*args, **kwargs)
 
@@ -139,14 +142,23 @@ class Convolution(Step):
 
 @dataclass(eq=False)
 class Halving(Step):
-    """A 2×2 maximum with stride 2: two elementwise maxima, which are faster than the pooling kernel."""
+    """A 2×2 maximum with stride 2: two elementwise maxima, which are faster than the pooling kernel.
+
+    Bfloat16 numbers that are not negative are in the order of their bits, which integers compare faster.
+    """
+
+    positive: bool = False
 
     def run(self, weights: Any, *args: Any, **kwargs: Any) -> Any:
+        """Compute the maxima."""
         x = args[0]
         if x.ndim != 4 or x.shape[2] % 2 or x.shape[3] % 2:
             return F.max_pool2d(x, 2)
+        bits = self.positive and x.dtype == torch.bfloat16
+        x = x.view(torch.int16) if bits else x
         x = torch.maximum(x[:, :, 0::2], x[:, :, 1::2])
-        return torch.maximum(x[:, :, :, 0::2], x[:, :, :, 1::2])
+        x = torch.maximum(x[:, :, :, 0::2], x[:, :, :, 1::2])
+        return x.view(torch.bfloat16) if bits else x
 
 
 def channels_last(tensor: Tensor) -> Tensor:
@@ -160,23 +172,35 @@ def channels_last(tensor: Tensor) -> Tensor:
     return torch.empty_strided((n, c, h, w), strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
-def steps_of(nodes: list[fx.Node], model: nn.Module, names: Mapping[int, str]) -> list[Step]:
-    """Turn the nodes of a trace, in order, into steps; `names` maps the ids of edited parameters to their names."""
+def plain_steps(nodes: Iterable[fx.Node], model: nn.Module, names: Mapping[int, str]) -> list[Step]:
+    """Turn the nodes of a trace, in order, into steps that compute just what the model does, bit for bit.
+
+    Args:
+        nodes: of a trace of the model.
+        model: what was traced.
+        names: the names of the edited parameters, by their ids.
+    """
+    modules = dict(model.named_modules())
+    return [_step(node, model, modules, names) for node in nodes]
+
+
+def fused_steps(nodes: Sequence[fx.Node], model: nn.Module, names: Mapping[int, str]) -> list[Step]:
+    """Do the same with fewer and faster steps, to rounding."""
     modules = dict(model.named_modules())
     taken: set[fx.Node] = set()
     steps: dict[fx.Node, Step] = {}
     for node in nodes:
-        if _plain(modules, node, nn.Conv2d):
-            step, swallowed = _convolution(node, modules, names, taken)
-            taken |= swallowed
+        if _calls(modules, node, nn.Conv2d):
+            step, chain = _convolution(node, modules, names, taken)
+            taken |= chain
             steps[step.node] = step
     for node in nodes:
         if node not in taken:
-            steps[node] = _step(node, model, modules, names)
+            steps[node] = _halving(node, modules, steps) or _step(node, model, modules, names)
     return [steps[node] for node in nodes if node in steps]
 
 
-def _plain(modules: Mapping[str, nn.Module], node: fx.Node, kind: type[nn.Module]) -> bool:
+def _calls(modules: Mapping[str, nn.Module], node: fx.Node, kind: type[nn.Module]) -> bool:
     """Say whether a node calls exactly this kind of module, without hooks."""
     module = modules.get(str(node.target)) if node.op == "call_module" else None
     return (
@@ -193,7 +217,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _rectifies(modules: Mapping[str, nn.Module], node: fx.Node) -> bool:
-    return _plain(modules, node, nn.ReLU) or (
+    return _calls(modules, node, nn.ReLU) or (
         node.op in ("call_function", "call_method") and node.target in _ACTIVATIONS
     )
 
@@ -208,7 +232,7 @@ def _convolution(
         return _whole(node, conv, names), {node}
     step = Convolution(node, node.args, {}, False, conv)
     follower = _only_user(node)
-    if follower is not None and _plain(modules, follower, nn.BatchNorm2d):
+    if follower is not None and _calls(modules, follower, nn.BatchNorm2d):
         norm = modules[str(follower.target)]
         assert isinstance(norm, nn.BatchNorm2d)
         if norm.running_mean is not None:
@@ -246,10 +270,7 @@ def _whole(node: fx.Node, module: nn.Module, names: Mapping[int, str]) -> Whole:
 
 def _step(node: fx.Node, model: nn.Module, modules: Mapping[str, nn.Module], names: Mapping[int, str]) -> Step:
     if node.op == "call_module":
-        module = modules[str(node.target)]
-        if _plain(modules, node, nn.MaxPool2d) and _halves(module) and len(node.args) == 1:
-            return Halving(node, node.args, {}, False)
-        return _whole(node, module, names)
+        return _whole(node, modules[str(node.target)], names)
     if node.op == "get_attr":
         value = operator.attrgetter(str(node.target))(model)
         if not isinstance(value, Tensor):
@@ -259,6 +280,13 @@ def _step(node: fx.Node, model: nn.Module, modules: Mapping[str, nn.Module], nam
         return Call(node, node.args, dict(node.kwargs), False, _method(str(node.target)))
     assert callable(node.target)
     return Call(node, node.args, dict(node.kwargs), False, node.target)
+
+
+def _halving(node: fx.Node, modules: Mapping[str, nn.Module], steps: Mapping[fx.Node, Step]) -> Step | None:
+    if not (_calls(modules, node, nn.MaxPool2d) and len(node.args) == 1 and _halves(modules[str(node.target)])):
+        return None
+    maker = steps.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+    return Halving(node, node.args, {}, False, isinstance(maker, Convolution) and maker.relu)
 
 
 def _method(name: str) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .._calling import Inputs, Params, length, outputs, rows
-from .steps import Step, channels_last, steps_of
+from .steps import Step, Whole, fused_steps, plain_steps
 
 __all__ = ["Recorded", "Suffix", "Trace"]
 
@@ -30,23 +30,23 @@ class Trace:
     """
 
     def __init__(self, model: nn.Module, names: tuple[str, ...], *, whole: bool = False) -> None:
-        self.model = model
         graph = fx.Tracer().trace(model)
-        edited = {id(p): name for name in names if (p := _parameter(model, name)) is not None}
-        steps = steps_of([n for n in graph.nodes if n.op not in ("placeholder", "output")], model, edited)
+        own = dict(model.named_parameters(remove_duplicate=False))
+        edited = {id(own[name]): name for name in names}
         self.inputs = [node for node in graph.nodes if node.op == "placeholder"]
         (self.result,) = (node.args[0] for node in graph.nodes if node.op == "output")
-        changed = {step.node for step in steps if step.edited}
+        steps = plain_steps([n for n in graph.nodes if n.op not in ("placeholder", "output")], model, edited)
+        changed: set[fx.Node] = set()
         for step in steps:
-            if whole or changed & set(_nodes(step)):
+            if whole or step.edited or changed.intersection(_nodes(step)):
                 changed.add(step.node)
-        self.after = _needed([step for step in steps if step.node in changed], steps, self.inputs)
-        made = {step.node for step in self.after}
-        self.cuts = tuple(dict.fromkeys(node for step in self.after for node in _nodes(step) if node not in made))
-        before = {step.node: step for step in steps if step.node not in changed}
-        self.before = _upto(self.cuts, before)
-        if not isinstance(self.result, fx.Node) or self.result not in made:
+        if self.result not in changed:
             raise TypeError("the model's answer is not one tensor that depends on the edit")
+        self.plain = _with_constants([step for step in steps if step.node in changed], steps)
+        self.fused = fused_steps([step.node for step in self.plain], model, edited)
+        made = {step.node for step in self.plain}
+        self.cuts = tuple(dict.fromkeys(node for step in self.plain for node in _nodes(step) if node not in made))
+        self.before = _upto(self.cuts, {step.node: step for step in steps})
 
     def record(self, batch: Inputs) -> tuple[Tensor, ...]:
         """Return the values at the split for one batch, each (n, ...)."""
@@ -62,10 +62,15 @@ class Trace:
 
 @final
 class Recorded:
-    """The values at the split for a whole test set, channels last: one tensor (n, ...) for each cut."""
+    """The values at the split for a whole test set: one tensor (n, ...) for each cut, channels last.
 
-    def __init__(self, cuts: tuple[Tensor, ...]) -> None:
-        self.cuts = cuts
+    Args:
+        cuts: the tensors.
+        strides: of one item as the model makes it, so that a pass of a batch can be repeated bit for bit.
+    """
+
+    def __init__(self, cuts: tuple[Tensor, ...], strides: tuple[tuple[int, ...], ...]) -> None:
+        self.cuts, self._strides = cuts, strides
 
     def __len__(self) -> int:
         return len(self.cuts[0])
@@ -74,19 +79,17 @@ class Recorded:
     def of(trace: Trace, inputs: Inputs, batch_size: int) -> Recorded:
         """Run the part of the model before the split once, in batches."""
         n = length(inputs)
-        whole: list[Tensor] = []
+        first = trace.record(rows(inputs, slice(0, batch_size)))
+        whole = tuple(_room(value, n) for value in first)
         for start in range(0, n, batch_size):
-            cut = trace.record(rows(inputs, slice(start, start + batch_size)))
-            if not whole:
-                whole = [channels_last(v[:1]).new_empty(0) for v in cut]
-                whole = [_room(v, n) for v in cut]
+            cut = first if start == 0 else trace.record(rows(inputs, slice(start, start + batch_size)))
             for room, value in zip(whole, cut, strict=True):
                 room[start : start + len(value)] = value
-        return Recorded(tuple(whole))
+        return Recorded(whole, tuple(value.stride() for value in first))
 
     def to(self, dtype: torch.dtype) -> Recorded:
         """Return a copy with the floating-point cuts in another dtype."""
-        return Recorded(tuple(v.to(dtype) if v.is_floating_point() else v for v in self.cuts))
+        return Recorded(tuple(v.to(dtype) if v.is_floating_point() else v for v in self.cuts), self._strides)
 
     def take(self, index: slice | Tensor) -> tuple[Tensor, ...]:
         """Return some items; indexed ones keep channels last."""
@@ -94,15 +97,32 @@ class Recorded:
             return tuple(value[index] for value in self.cuts)
         return tuple(_gather(value, index) for value in self.cuts)
 
+    def original(self, index: slice) -> tuple[Tensor, ...]:
+        """Return some items as the model itself makes them, copied."""
+        pairs = zip(self.take(index), self._strides, strict=True)
+        return tuple(
+            torch.empty_strided(v.shape, strides, dtype=v.dtype, device=v.device).copy_(v) for v, strides in pairs
+        )
+
 
 @final
 class Suffix:
-    """The part of a traced model that an edit can change, in one dtype."""
+    """The part of a traced model that an edit can change, in one dtype.
 
-    def __init__(self, trace: Trace, dtype: torch.dtype, recorded: Recorded) -> None:
+    Args:
+        trace: of the model.
+        dtype: of weights and activations; a linear layer that makes the logits is always in float32, since rounding
+            them is most of what a narrower dtype would change.
+        recorded: the values at the split in this dtype, of which a few are run once, to see what the pass needs.
+        plain: run what the model does, bit for bit, on values as it makes them; faster steps, to rounding, otherwise.
+    """
+
+    def __init__(self, trace: Trace, dtype: torch.dtype, recorded: Recorded, *, plain: bool = False) -> None:
         self.trace, self.dtype = trace, dtype
-        self._fixed = {step: step.weights({}, dtype) for step in trace.after if not step.edited}
-        self._last = _last_uses(trace)
+        self._steps = trace.plain if plain else trace.fused
+        self._head = _head(self._steps, trace.result) if dtype == torch.bfloat16 else None
+        self._fixed = {step: self._weights(step, {}) for step in self._steps if not step.edited}
+        self._last = _last_uses(self._steps, trace.result)
         self._dirty, self._chunk = self._tried(recorded)
 
     def _tried(self, recorded: Recorded) -> tuple[bool, int]:
@@ -111,8 +131,8 @@ class Suffix:
         versions, largest = [value._version for value in cut], 1
         values: dict[fx.Node, Any] = dict(zip(self.trace.cuts, cut, strict=True))
         weights = self.prepare({})
-        for step in self.trace.after:
-            _advance(step, weights[step], values)
+        for step in self._steps:
+            self._advance(step, weights, values)
             if isinstance(value := values[step.node], Tensor):
                 largest = max(largest, value.nbytes // len(cut[0]))
         dirty = any(value._version != version for value, version in zip(cut, versions, strict=True))
@@ -120,20 +140,32 @@ class Suffix:
 
     def prepare(self, params: Params) -> dict[Step, Any]:
         """Return the weights of every step for these edited parameters."""
-        changed = {step: step.weights(params, self.dtype) for step in self.trace.after if step.edited}
-        return {**self._fixed, **changed}
+        return {**self._fixed, **{step: self._weights(step, params) for step in self._steps if step.edited}}
+
+    def _weights(self, step: Step, params: Params) -> Any:
+        return step.weights(params, torch.float32 if step is self._head else self.dtype)
+
+    def _advance(self, step: Step, weights: dict[Step, Any], values: dict[fx.Node, Any]) -> None:
+        if step is self._head:
+            for node in _nodes(step):
+                values[node] = values[node].float()
+        _advance(step, weights[step], values)
 
     def run(self, weights: dict[Step, Any], cut: tuple[Tensor, ...]) -> Tensor:
         """Return the logits of one batch in float32, shape (n, classes)."""
         values: dict[fx.Node, Any] = dict(
             zip(self.trace.cuts, (v.clone() for v in cut) if self._dirty else cut, strict=True)
         )
-        for step in self.trace.after:
-            _advance(step, weights[step], values)
+        for step in self._steps:
+            self._advance(step, weights, values)
             for node in self._last.get(step, ()):
                 del values[node]
         found = values[self.trace.result]
         return outputs(lambda: found, ())
+
+    def first(self, weights: dict[Step, Any], recorded: Recorded) -> Tensor:
+        """Return the logits of as many items as are run at once."""
+        return self.run(weights, recorded.take(slice(0, self._chunk)))
 
     def over(self, weights: dict[Step, Any], recorded: Recorded) -> Tensor:
         """Return the logits of all items, shape (n, classes), float32."""
@@ -158,12 +190,10 @@ def _nodes(step: Step) -> Iterator[fx.Node]:
     yield from found
 
 
-def _needed(after: list[Step], steps: list[Step], inputs: list[fx.Node]) -> list[Step]:
+def _with_constants(after: list[Step], steps: list[Step]) -> list[Step]:
     """Add the constants that the part behind the split reads: they are weights, not values of test items."""
-    used = {node for step in after for node in _nodes(step)}
-    kept = {step.node for step in after} | {
-        step.node for step in steps if step.node.op == "get_attr" and step.node in used
-    }
+    used = {node for step in after for node in _nodes(step)} | {step.node for step in after}
+    kept = {step.node for step in after} | {step.node for step in steps if step.node.op == "get_attr"} & used
     return [step for step in steps if step.node in kept]
 
 
@@ -177,20 +207,21 @@ def _upto(targets: tuple[fx.Node, ...], steps: dict[fx.Node, Step]) -> list[Step
     return [step for node, step in steps.items() if node in wanted]
 
 
-def _last_uses(trace: Trace) -> dict[Step, list[fx.Node]]:
+def _head(steps: list[Step], result: fx.Node) -> Step | None:
+    last = steps[-1]
+    return last if last.node is result and isinstance(last, Whole) and type(last.module) is nn.Linear else None
+
+
+def _last_uses(steps: list[Step], result: fx.Node) -> dict[Step, list[fx.Node]]:
     last: dict[fx.Node, Step] = {}
-    for step in trace.after:
+    for step in steps:
         for node in (step.node, *_nodes(step)):
             last[node] = step
-    last.pop(trace.result, None)
+    last.pop(result, None)
     found: dict[Step, list[fx.Node]] = {}
     for node, step in last.items():
         found.setdefault(step, []).append(node)
     return found
-
-
-def _parameter(model: nn.Module, name: str) -> Tensor | None:
-    return dict(model.named_parameters(remove_duplicate=False)).get(name)
 
 
 def _room(value: Tensor, n: int) -> Tensor:
