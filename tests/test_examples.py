@@ -54,3 +54,9 @@ def test_pictures_and_links_exist():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_measured_table_of_the_readme_is_the_stored_one():
+    command = [sys.executable, str(ROOT / "benchmarks" / "fashion_table.py"), "--readme"]
+    stored = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    assert stored in (ROOT / "README.md").read_text()

@@ -6,16 +6,18 @@ import copy
 
 import imagenet
 import torch
+import zoo
 from torch import nn
 
 import weightpatch as wp
-import zoo
 from weightpatch.constraints import Classified, Kept
 from weightpatch.editing import Result
 from weightpatch.editors import RMSProp, Shrink
 
 
-def test_a_mistaken_photo_is_patched_and_the_others_keep_their_answers(efficientnet: nn.Module, photos: imagenet.Photos):
+def test_a_mistaken_photo_is_patched_and_the_others_keep_their_answers(
+    efficientnet: nn.Module, photos: imagenet.Photos
+):
     with torch.no_grad():
         answers = efficientnet(photos.inputs).argmax(1)
     wrong = int((answers != photos.labels).nonzero()[0])

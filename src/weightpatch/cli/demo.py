@@ -10,7 +10,8 @@ from ._output import Answer, console
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from torch import nn
+    from rich.table import Table
+    from torch import Tensor, nn
 
     from ..editing import Edit
     from ..evaluation import Report
@@ -61,6 +62,7 @@ def demo(output: Path = Path("demo-output"), edits: int = 100, json: bool = Fals
 
     path = output / f"{item}.patch.safetensors"
     after = _journey(model, found, fix, path, out)
+    out.print(_before_and_after(model, after, image, test.classes))
     comparison = compare(model, after, (test.images, test.labels))
     out.print(f"[bold]5. What else changed[/] {comparison}")
 
@@ -92,6 +94,20 @@ def _answers(model: nn.Module, test: LabelledImages) -> Any:
 
     with torch.no_grad():
         return torch.cat([model(test.images[i : i + 500]).argmax(1) for i in range(0, len(test), 500)])
+
+
+def _before_and_after(model: nn.Module, after: nn.Module, image: Tensor, classes: tuple[str, ...]) -> Table:
+    """Return the classes that matter with their probabilities before and after."""
+    import torch
+    from rich.table import Table
+
+    with torch.no_grad():
+        old, new = model(image).softmax(1)[0], after(image).softmax(1)[0]
+    table = Table("class", "before", "after", box=None)
+    for i in torch.maximum(old, new).argsort(descending=True)[:3].tolist():
+        cells = (f"[bold]{p[i]:.1%}[/]" if int(p.argmax()) == i else f"{p[i]:.1%}" for p in (old, new))
+        table.add_row(f"   {classes[i]}", *cells)
+    return table
 
 
 def _journey(model: nn.Module, found: Edit, fix: Any, path: Path, out: Console) -> nn.Module:

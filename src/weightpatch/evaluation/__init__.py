@@ -3,6 +3,7 @@
 from .comparison import ClassChange, Comparison, compare
 from .curve import Curve, curve
 from .driver import evaluate
+from .figures import figures
 from .metrics import Estimate, Flips
 from .pages import comparison_page, edit_page
 from .protocols import Independent, Protocol, Sequential
@@ -27,4 +28,5 @@ __all__ = [
     "curve",
     "edit_page",
     "evaluate",
+    "figures",
 ]
