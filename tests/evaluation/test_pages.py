@@ -5,15 +5,19 @@ import dataclasses
 import io
 import json
 import re
+import subprocess
 import sys
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
 import zoo
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
@@ -23,9 +27,11 @@ from weightpatch.constraints import Classified, Kept, Within
 from weightpatch.editing import Result
 from weightpatch.errors import InvalidInput, MissingExtra, ShapeMismatch
 from weightpatch.evaluation import Comparison, Report, Row, comparison_page, edit_page
+from weightpatch.evaluation.curve import Curve, Point
+from weightpatch.evaluation.metrics import Estimate, Flips
 from weightpatch.evaluation.pages._mistakes import find_rows
 from weightpatch.evaluation.pages._pictures import Scaled, default_picture, draw, png
-from weightpatch.evaluation.pages._plots import histogram, ticks
+from weightpatch.evaluation.pages._plots import drawdown_line, histogram, slack_line
 from weightpatch.evaluation.pages._words import chance, count, decimal, percent, seconds, size
 
 VOID = {"meta", "img", "br", "link", "input", "path", "rect", "circle"}
@@ -76,14 +82,24 @@ def check_self_contained(page: Page) -> None:
     assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     for tag, attrs in page.tags:
         assert not any(name.startswith("on") for name in attrs)
-        assert "href" not in attrs and "id" not in attrs
         if tag == "img":
             assert attrs["alt"]
             assert (attrs["src"] or "").startswith("data:image/png;base64,")
         if attrs.get("role") == "img":
             assert attrs["aria-label"]
     assert "http" not in re.sub(r"http-equiv", "", page.source)
-    assert "url(" not in page.source and "@import" not in page.source
+    assert "@import" not in page.source and "<!DOCTYPE svg" not in page.source and "<?xml" not in page.source
+    assert page.source.count("<style") == 1
+    check_references(page)
+
+
+def check_references(page: Page) -> None:
+    """What the page refers to is in the page, once."""
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    links = [value or "" for _, attrs in page.tags for name, value in attrs.items() if name.endswith("href")]
+    links += re.findall(r"url\((.*?)\)", page.source)
+    assert set(links) == {f"#{name}" for name in ids}
 
 
 @dataclasses.dataclass
@@ -136,6 +152,9 @@ def test_an_edit_with_flips(tmp_path, channels):
     ]
     assert len(page.all("img")) == 1 + page.cards
     assert "the edit" in page.text
+    figures = [attrs["aria-label"] or "" for attrs in page.all("div") if attrs.get("role") == "img"]
+    assert [label.split()[0] for label in figures] == ["Histogram", "Slack", "Drawdown"]
+    assert "strength of the patch" in page.text and "change of probability" in page.text
 
 
 def test_the_page_is_the_same_each_time(tmp_path):
@@ -312,11 +331,15 @@ def test_folders_are_made_and_old_pages_replaced(tmp_path):
     assert sorted(p.name for p in path.parent.iterdir()) == ["diff.html", "diff.json"]
 
 
-def test_a_missing_extra_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "jinja2", None)
+@pytest.mark.parametrize("missing", ["jinja2", "matplotlib"])
+def test_a_missing_extra_says_what_to_install(tmp_path, monkeypatch, missing):
+    for name in [name for name in sys.modules if name.partition(".")[0] == missing]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
     comparison, inputs = compared(40, 3)
     with pytest.raises(MissingExtra, match=r'pip install "weightpatch\[report\]"'):
         comparison_page(tmp_path / "diff.html", comparison, title="a", inputs=inputs)
+    assert not list(tmp_path.iterdir())
 
 
 @given(st.lists(st.lists(st.integers(0, 1), min_size=3, max_size=3), min_size=1, max_size=30), st.integers(0, 29))
@@ -360,20 +383,127 @@ def test_large_and_constant_pictures():
         draw(lambda item: torch.zeros(2, 2, 2), flat, 0)
 
 
-@given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
-def test_ticks_cover_the_range(low, span):
-    found = ticks(low, low + span)
-    assert 2 <= len(found) <= 8
-    assert found[0] <= low + 1e-9 * max(1, abs(low)) and found[-1] >= low + span - 1e-9 * max(1, abs(low) + span)
-    steps = np.diff(found)
-    assert steps == pytest.approx(steps[0], rel=1e-6)
+def svg(text: str) -> ElementTree.Element:
+    root = ElementTree.fromstring(text)
+    assert root.tag == "svg" and set(root.attrib) == {"viewBox"}
+    return root
 
 
+def words(text: str) -> list[str]:
+    return ["".join(t.itertext()) for t in svg(text).iter("text")]
+
+
+def corners(path: ElementTree.Element) -> list[tuple[float, float]]:
+    return [(float(x), float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", path.get("d", ""))]
+
+
+def drawn(text: str, colour: str) -> list[list[tuple[float, float]]]:
+    """Return the corners of the paths that are filled or drawn in one of the page's colours."""
+    paths = [p for p in svg(text).iter("path") if f"var(--{colour})" in p.get("style", "") and p.get("id") is None]
+    return [corners(path) for path in paths]
+
+
+def used(text: str) -> list[tuple[ElementTree.Element, float, float]]:
+    """Return the paths that are drawn by reference, and where."""
+    root = svg(text)
+    paths = {p.get("id"): p for p in root.iter("path")}
+    return [(paths[u.get("href", "")[1:]], float(u.get("x", "")), float(u.get("y", ""))) for u in root.iter("use")]
+
+
+def dots(text: str) -> list[tuple[float, float]]:
+    return [(x, y) for path, x, y in used(text) if "C" in path.get("d", "")]
+
+
+def made_curve(slacks: Sequence[float]) -> Curve:
+    last = len(slacks) - 1
+    return Curve(
+        tuple(Point(i / last, v, Estimate(v / 9, v / 9 - 1, v / 9 + 2), Flips(0, 0, 0)) for i, v in enumerate(slacks))
+    )
+
+
+@pytest.mark.parametrize("slacks", [[-2.0, -0.5, 1.0, 0.5], [-3e3, 4e3], [-1.0, -0.5, -0.25], [0.0, 0.0]])
+def test_a_line_goes_through_its_points(slacks):
+    curve = made_curve(slacks)
+    for text in (slack_line(curve), drawdown_line(curve)):
+        places = np.array(dots(text))
+        assert len(places) == len(slacks)
+        assert np.ptp(np.diff(places[:, 0])) < 1e-3
+        if np.ptp(slacks):
+            share = (np.array(slacks) - slacks[0]) / (slacks[-1] - slacks[0])
+            drop = (places[:, 1] - places[0, 1]) / (places[-1, 1] - places[0, 1])
+            assert drop == pytest.approx(share, abs=1e-4)
+        assert "0\u2009%" in words(text) and "strength of the patch" in words(text)
+
+
+def test_a_line_shows_from_where_the_constraint_holds():
+    held = slack_line(made_curve([-1.0, -0.5, 0.5]))
+    (left, _), _, (right, _) = dots(held)
+    line = next(path for path in drawn(held, "good") if len(path) == 2)
+    assert [x for x, _ in line] == pytest.approx([left + 0.75 * (right - left)] * 2, abs=1e-3)
+    assert "holds" in words(held)
+    never = slack_line(made_curve([-1.0, -0.5]))
+    assert "holds" not in words(never)
+    assert not [path for path in drawn(never, "good") if len(path) == 2]
+
+
+def test_the_drawdown_has_its_interval():
+    text = drawdown_line(made_curve([-0.9, 9.0]))
+    (left, low), (right, high) = dots(text)
+    unit = (low - high) / 1.1
+    (band,) = [[(x + a, y + b) for a, b in corners(path)] for path, x, y in used(text) if "C" not in path.get("d", "")]
+    for x, y in ((left, low - 2 * unit), (left, low + unit), (right, high - 2 * unit), (right, high + unit)):
+        assert any(x == pytest.approx(a, abs=1e-3) and y == pytest.approx(b, abs=1e-3) for a, b in band)
+
+
+def test_lines_bear_what_is_not_finite():
+    nan, inf = float("nan"), float("inf")
+    for slacks in ([-1.0, nan, 1.0], [-inf, 0.5, 1.0], [nan, nan], [-inf, -inf]):
+        for text in (slack_line(made_curve(slacks)), drawdown_line(made_curve(slacks))):
+            assert len(dots(text)) == np.isfinite(slacks).sum()
+            assert "nan" not in text and "inf" not in text
+
+
+@settings(max_examples=15, deadline=None)
 @given(st.lists(st.floats(-1, 1), min_size=1, max_size=50))
-def test_the_histogram_counts_every_item(values):
-    found = histogram(torch.tensor(values, dtype=torch.float64))
-    assert sum(int(c.text.rpartition(": ")[2].replace(",", "")) for c in found.columns) == len(values)
-    assert all(0 <= c.height <= 100 for c in found.columns)
+def test_the_histogram_shows_every_item(values):
+    text = histogram(torch.tensor(values, dtype=torch.float64))
+    reach = max(*map(abs, values), 1e-6)
+    counts, _ = np.histogram(values, 21, (-reach, reach))
+    bars = [path for path in drawn(text, "now") + drawn(text, "was") if len(path) == 4]
+    tall = [max(y for _, y in bar) - min(y for _, y in bar) for bar in sorted(bars)]
+    assert len(tall) == 21
+    ranks = [sorted(set(found)).index for found in (counts.tolist(), [round(h, 2) for h in tall])]
+    assert [ranks[0](n) for n in counts.tolist()] == [ranks[1](round(h, 2)) for h in tall]
+    assert len(drawn(text, "was")) == 2  # the column of what did not move, and the axis
+
+
+def test_figures_do_not_depend_on_the_settings_of_matplotlib_nor_change_them():
+    shift = torch.linspace(-0.3, 0.2, 50)
+    curve = made_curve([-1.0, 0.5])
+    plain = (slack_line(curve), drawdown_line(curve), histogram(shift))
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "svg.fonttype": "path", "lines.marker": "x"}):
+        seen = dict(matplotlib.rcParams)
+        assert (slack_line(curve), drawdown_line(curve), histogram(shift)) == plain
+        assert dict(matplotlib.rcParams) == seen
+
+
+def test_figures_are_drawn_without_pyplot(tmp_path):
+    code = """
+import sys, torch, weightpatch.evaluation
+assert "matplotlib" not in sys.modules
+from weightpatch.evaluation.pages._plots import histogram
+print(histogram(torch.linspace(-0.3, 0.2, 50)))
+assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert found.stdout.strip() == histogram(torch.linspace(-0.3, 0.2, 50))
+
+
+def test_figures_follow_the_colours_of_the_page():
+    for text in (slack_line(made_curve([-1.0, 0.5])), drawdown_line(made_curve([-1.0, 0.5])), histogram(torch.ones(3))):
+        colours = re.findall(r"(?:fill|stroke): ([^;\"]+)", text)
+        assert set(colours) <= {"none", *(f"var(--{name})" for name in ("soft", "line", "was", "now", "good"))}
+        assert all("font-family: var(--sans)" in t.get("style", "") for t in svg(text).iter("text"))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from ..._calling import Inputs
 from ..comparison import ClassChange, Comparison
 from ..metrics import Estimate, wilson
 from ._pictures import Image, Picture, default_picture, draw
-from ._plots import Histogram, histogram
+from ._plots import histogram
 from ._words import Names
 
 __all__ = ["Card", "Changes", "Row", "changes"]
@@ -62,7 +62,7 @@ class Changes:
     more: int
     rows: tuple[Row, ...]
     unlisted: int
-    shifts: Histogram
+    shifts: str
     asked: int
 
 

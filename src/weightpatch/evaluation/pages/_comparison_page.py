@@ -40,7 +40,7 @@ def comparison_page(
 
     Raises:
         ShapeMismatch: the inputs are not as many as the comparison's items.
-        MissingExtra: Jinja2 is not installed.
+        MissingExtra: Jinja2 or matplotlib is not installed.
     """
     place = page_path(path)
     if length(inputs) != comparison.n:

@@ -60,7 +60,7 @@ def edit_page(
 
     Raises:
         InvalidInput: the test set cannot be used, or the path is not that of a page.
-        MissingExtra: Jinja2 is not installed.
+        MissingExtra: Jinja2 or matplotlib is not installed.
     """
     place = page_path(path)
     check_labels(test[1], length(test[0]))
@@ -117,7 +117,7 @@ def _both(
     return network.before, network.at(between(network, patch, 1.0)), bound, comparison, curve
 
 
-def _lines(curve: Curve | None) -> dict[str, Any] | None:
+def _lines(curve: Curve | None) -> dict[str, str] | None:
     return None if curve is None else {"slack": slack_line(curve), "drawdown": drawdown_line(curve)}
 
 

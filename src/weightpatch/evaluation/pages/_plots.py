@@ -1,143 +1,154 @@
-"""The geometry of the page's figures, in percent of their width and height; templates draw them with CSS and SVG.
-
-Lines stretch with the page and words do not, so a figure reads as well on a telephone as on a desk, in light and dark.
-"""
+"""The page's figures: drawn by matplotlib as SVG that stands in the page, in the page's own colours and font."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import final
+import re
+from collections.abc import Callable, Sequence
+from io import BytesIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
+from ...errors import MissingExtra
 from ..curve import Curve
-from ._words import count, decimal, points
 
-__all__ = ["Column", "Histogram", "Line", "Tick", "drawdown_line", "histogram", "slack_line", "ticks"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["drawdown_line", "histogram", "require_matplotlib", "slack_line"]
 
 _COLUMNS = 21  # odd, so that one column holds the items that did not move
-_STEPS = (1, 2, 2.5, 5, 10)
+_WIDTH, _HEIGHT = 4.2, 2.7  # inches; the page stretches them to the width of a card
+
+# Colours and a font that stand for variables of the page's style sheet, so that a figure follows light and dark
+_SOFT, _LINE, _WAS, _NOW, _GOOD = "#010203", "#010204", "#010205", "#010206", "#010207"
+_FONT = "DejaVu Sans"  # comes with matplotlib, so that all machines measure alike
+_VARIABLES = {_SOFT: "soft", _LINE: "line", _WAS: "was", _NOW: "now", _GOOD: "good", f"'{_FONT}'": "sans"}
+
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.family": _FONT,
+    "font.size": 10,
+    "text.color": _SOFT,
+    "axes.labelcolor": _SOFT,
+    "axes.edgecolor": _WAS,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.autolimit_mode": "round_numbers",
+    "xtick.major.pad": 7,
+    "axes.xmargin": 0,
+    "axes.ymargin": 0,
+    **dict.fromkeys(("axes.spines.left", "axes.spines.right", "axes.spines.top"), False),
+    **dict.fromkeys(("xtick.color", "ytick.color"), _SOFT),
+    **dict.fromkeys(("xtick.major.size", "ytick.major.size", "ytick.minor.size"), 0),
+    **dict.fromkeys(("figure.constrained_layout.w_pad", "figure.constrained_layout.h_pad"), 0.02),
+    "grid.color": _LINE,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
+}
 
 
-@final
-@dataclass(frozen=True)
-class Tick:
-    """A place on an axis, in percent, and the words there."""
+def require_matplotlib() -> None:
+    """Check that figures can be drawn here.
 
-    at: float
-    text: str
-
-
-@final
-@dataclass(frozen=True)
-class Line:
-    """A line over the strength of a patch; `band` is the outline of its interval, `zero` where 0 lies."""
-
-    dots: tuple[Tick, ...]
-    heights: tuple[float, ...]
-    band: tuple[tuple[float, float], ...]
-    x: tuple[Tick, ...]
-    y: tuple[Tick, ...]
-    zero: float
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise MissingExtra('an HTML page needs matplotlib; pip install "weightpatch[report]"') from error
 
 
-@final
-@dataclass(frozen=True)
-class Column:
-    """One column of a histogram: its height in percent, and what it holds."""
+def slack_line(curve: Curve) -> str:
+    """Draw the slack of the constraint over the strength, as SVG; where the constraint holds is shaded."""
 
-    height: float
-    text: str
-    middle: bool
+    def paint(axes: Axes) -> None:
+        _over_strength(axes, curve, [p.slack for p in curve.points])
+        low, high = axes.get_ylim()
+        axes.axhspan(0, high, color=_GOOD, alpha=0.1, linewidth=0)
+        axes.set_ylim(low, high)
+        if (start := curve.threshold) is not None:
+            shift, side = (-5, "right") if start > 0.5 else (5, "left")
+            label = axes.annotate("holds", (100 * start, high), (shift, -4), textcoords="offset points")
+            label.set(color=_GOOD, weight="bold", ha=side, va="top")
 
-
-@final
-@dataclass(frozen=True)
-class Histogram:
-    """Columns over a symmetric range; heights are logarithms of counts."""
-
-    columns: tuple[Column, ...]
-    x: tuple[Tick, ...]
-    y: tuple[Tick, ...]
+    return _draw("slack", paint)
 
 
-def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
-    """Return round numbers that cover low to high in about `wanted` steps, the ends included."""
-    span = high - low if high > low else max(abs(low), 1.0)
-    raw = span / wanted
-    unit = 10.0 ** math.floor(math.log10(raw))
-    step = next(s * unit for s in _STEPS if s * unit >= raw * (1 - 1e-9))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [step * i for i in range(first, max(last, first + 1) + 1)]
+def drawdown_line(curve: Curve) -> str:
+    """Draw the drawdown, with its 95 % interval, over the strength, as SVG."""
+
+    def paint(axes: Axes) -> None:
+        ranges = [(p.drawdown.low, p.drawdown.high) for p in curve.points]
+        axes.fill_between(_percent(curve), *np.transpose(ranges), color=_NOW, alpha=0.14, linewidth=0)
+        _over_strength(axes, curve, [p.drawdown.value for p in curve.points])
+        axes.yaxis.set_major_formatter(_signed)
+
+    return _draw("drawdown", paint)
 
 
-def slack_line(curve: Curve) -> Line:
-    """Draw the slack of the constraint over the strength."""
-    values = [p.slack for p in curve.points]
-    return _line(curve, values, [(v, v) for v in values], "slack")
-
-
-def drawdown_line(curve: Curve) -> Line:
-    """Draw the drawdown, with its interval, over the strength."""
-    values = [p.drawdown.value for p in curve.points]
-    return _line(curve, values, [(p.drawdown.low, p.drawdown.high) for p in curve.points], "drawdown")
-
-
-def histogram(shift: Tensor) -> Histogram:
-    """Count how far the probability of the earlier answer moved; the range is the largest move, rounded up."""
+def histogram(shift: Tensor) -> str:
+    """Draw how far the probability of the earlier answer moved, as SVG; items are on a logarithmic scale."""
     values = shift.double().numpy()
-    reach = ticks(0.0, max(float(np.abs(values).max()), 1e-6), 1)[-1]
-    counts, edges = np.histogram(values, bins=_COLUMNS, range=(-reach, reach))
-    decades = max(1, math.ceil(math.log10(max(int(counts.max()), 2))))
-    digits = max(2, 2 - math.floor(math.log10(reach)))
-    found = zip(counts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True)
-    columns = tuple(
-        Column(_height(n, decades), f"{points(a, digits)} to {points(b, digits)}: {count(n)}", i == _COLUMNS // 2)
-        for i, (n, a, b) in enumerate(found)
-    )
-    across = tuple(Tick(25.0 * i, points(reach * (i - 2) / 2, _digits(reach / 2))) for i in range(5))
-    up = tuple(Tick(round(_height(10**k, decades), 2), count(10**k)) for k in range(decades + 1))
-    return Histogram(columns, across, up)
+    reach = max(float(np.abs(values).max()), 1e-6)
+    counts, edges = np.histogram(values, _COLUMNS, (-reach, reach))
+    colours = [_WAS if i == _COLUMNS // 2 else _NOW for i in range(_COLUMNS)]
+
+    def paint(axes: Axes) -> None:
+        axes.bar((edges[:-1] + edges[1:]) / 2, counts, 1.76 * reach / _COLUMNS, color=colours, log=True)
+        # One item has to be seen too, so the axis starts below 1
+        axes.set_ylim(0.6, 10 ** max(1.0, np.ceil(np.log10(counts.max()))))
+        axes.locator_params("x", nbins=4)
+        axes.xaxis.set_major_formatter(_signed)
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.set_xlabel("change of probability; items on a logarithmic scale")
+
+    return _draw("shift", paint, height=3.2)
 
 
-def _height(n: int, decades: int) -> float:
-    # One item has to be seen too, so a tenth of the height lies below 1
-    return 0.0 if n < 1 else round(10 + 90 * math.log10(n) / decades, 2)
+def _over_strength(axes: Axes, curve: Curve, values: Sequence[float]) -> None:
+    axes.axhline(0, color=_SOFT, linewidth=0.8, linestyle="--")
+    if curve.threshold is not None:
+        axes.axvline(100 * curve.threshold, color=_GOOD, linewidth=1.2, clip_on=False)
+    axes.plot(_percent(curve), values, "o-", color=_NOW, clip_on=False)
+    axes.locator_params("y", nbins=5)
+    axes.set_xlim(0, 100)
+    axes.set_xticks(range(0, 101, 25))
+    axes.xaxis.set_major_formatter("{x:.0f}\u2009%")
+    axes.set_xlabel("strength of the patch")
 
 
-def _line(curve: Curve, values: Sequence[float], ranges: Sequence[tuple[float, float]], what: str) -> Line:
-    finite = [v for pair in ranges for v in pair if math.isfinite(v)] or [0.0]
-    marks = ticks(min(*finite, 0.0), max(*finite, 0.0))
-    low, high = marks[0], marks[-1]
-    digits = _digits(marks[1] - marks[0])
-
-    def up(value: float) -> float:
-        return round(100 * (min(max(value, low), high) - low) / (high - low), 2) if math.isfinite(value) else 0.0
-
-    strengths = [round(100 * p.strength, 2) for p in curve.points]
-    words = (f"strength {x:g} %: {what} {points(v, digits + 1)}" for x, v in zip(strengths, values, strict=True))
-    return Line(
-        dots=tuple(Tick(x, text) for x, text in zip(strengths, words, strict=True)),
-        heights=tuple(up(v) for v in values),
-        band=tuple(_outline(strengths, [(up(a), up(b)) for a, b in ranges])),
-        x=tuple(Tick(float(x), f"{x}\u2009%") for x in range(0, 101, 25)),
-        y=tuple(Tick(up(v), decimal(v, digits, sign=what == "drawdown")) for v in marks),
-        zero=up(0.0),
-    )
+def _percent(curve: Curve) -> list[float]:
+    return [100 * p.strength for p in curve.points]
 
 
-def _outline(across: Sequence[float], ranges: Sequence[tuple[float, float]]) -> Iterator[tuple[float, float]]:
-    """Go along the upper edge, and back along the lower one."""
-    for x, (_, high) in zip(across, ranges, strict=True):
-        yield x, high
-    for x, (low, _) in reversed(list(zip(across, ranges, strict=True))):
-        yield x, low
+def _signed(value: float, _: float) -> str:
+    return f"{value:+g}".replace("-", "\u2212") if value else "0"
 
 
-def _digits(step: float) -> int:
-    """Return how many decimals tell multiples of `step` apart."""
-    digits = max(0, -math.floor(math.log10(step) + 1e-9))
-    return digits if math.isclose(step * 10**digits, round(step * 10**digits)) else digits + 1
+def _draw(name: str, paint: Callable[[Axes], None], height: float = _HEIGHT) -> str:
+    """Let matplotlib draw a figure, whatever its user has configured; a page holds one figure of each name."""
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
+    out = BytesIO()
+    with matplotlib.style.context(["default", {**_STYLE, "svg.hashsalt": f"weightpatch {name}"}]):
+        figure = Figure((_WIDTH, height), layout="constrained")
+        paint(figure.add_subplot())
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(out, format="svg", transparent=True, metadata=nothing)
+    return _inline(out.getvalue().decode())
+
+
+def _inline(text: str) -> str:
+    """Turn an SVG document into an element of the page: no prolog, no style sheet, no id that nothing refers to."""
+    text = re.sub(r'^.*?<svg[^>]*?( viewBox="[^"]*")[^>]*>', r"<svg\1>", text, count=1, flags=re.DOTALL)
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL).replace("xlink:href", "href")
+    used = set(re.findall(r"#(\w+)", text))
+    text = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", text)
+    for placeholder, variable in _VARIABLES.items():
+        text = text.replace(placeholder, f"var(--{variable})")
+    return text.strip()

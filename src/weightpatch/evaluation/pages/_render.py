@@ -11,6 +11,7 @@ from typing import Any
 
 from ..._version import __version__
 from ...errors import InvalidInput, MissingExtra
+from ._plots import require_matplotlib
 from ._words import FILTERS
 
 __all__ = ["finite", "page_path", "write"]
@@ -23,12 +24,13 @@ def page_path(path: str | os.PathLike[str]) -> Path:
 
     Raises:
         InvalidInput: the path ends like the JSON file that is written beside the page.
-        MissingExtra: the page's template engine is not installed.
+        MissingExtra: what renders the page or draws its figures is not installed.
     """
     found = Path(path)
     if found.suffix.lower() == ".json" or found.is_dir():
         raise InvalidInput(f"a page was asked at {found}; expected the name of an HTML file, such as report.html")
     _engine()
+    require_matplotlib()
     return found
 
 
