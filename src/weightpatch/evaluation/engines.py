@@ -1,4 +1,4 @@
-"""Two ways to the logits of edited models on one test set: a traced suffix, or replayed passes."""
+"""Ways to the logits of edited models on one test set: a traced suffix, the last layer alone, or replayed passes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._calling import Inputs, Params, length, outputs, rows
 from ..network import Network, Recording, structural_clone
+from .steps import Whole
 from .tracing import Recorded, Suffix, Trace
 
-__all__ = ["Engine", "Replayed", "Traced"]
+__all__ = ["Engine", "Head", "Replayed", "Traced"]
 
 BUDGET = 2 << 30  # bytes of recorded activations
 
@@ -42,8 +44,8 @@ class Engine(ABC):
         """Return the logits of the first items, as many as are run at once: what a timing needs."""
 
     @abstractmethod
-    def rough(self) -> Engine:
-        """Return the same in bfloat16, which is faster on some machines."""
+    def rough(self) -> Engine | None:
+        """Return the same in bfloat16, which is faster on some machines; None where it could not be."""
 
 
 @final
@@ -59,8 +61,8 @@ class Traced(Engine):
         self._plain = Suffix(trace, dtype, recorded, plain=True)
 
     @staticmethod
-    def of(model: nn.Module, network: Network, inputs: Inputs, batch_size: int) -> Traced:
-        """Trace a model and record a test set.
+    def of(model: nn.Module, network: Network, inputs: Inputs, batch_size: int) -> Traced | Head:
+        """Trace a model and record a test set; where only a linear layer that makes the logits is edited, that is all.
 
         Raises:
             Exception: of any kind, where the model cannot be traced or computes in another dtype than float32.
@@ -73,7 +75,11 @@ class Traced(Engine):
         item = sum(value.nbytes for value in trace.record(rows(inputs, slice(0, 1))))
         if item * length(inputs) * 1.5 > BUDGET:
             trace = Trace(clone, network.names, whole=True)
-        return Traced(trace, Recorded.of(trace, inputs, batch_size), batch_size)
+        traced = Traced(trace, Recorded.of(trace, inputs, batch_size), batch_size)
+        head = trace.fused[0] if len(trace.fused) == len(trace.cuts) == 1 else None
+        if isinstance(head, Whole) and type(head.module) is nn.Linear and traced._recorded.cuts[0].ndim == 2:
+            return Head(traced, traced._recorded.cuts[0], head)
+        return traced
 
     def weights(self, params: Params) -> Any:
         """Fold and convert the weights."""
@@ -99,6 +105,54 @@ class Traced(Engine):
     def rough(self) -> Traced:
         """Return the same with everything converted to bfloat16."""
         return Traced(self._trace, self._recorded.to(torch.bfloat16), self._batch_size, torch.bfloat16)
+
+
+@final
+class Head(Engine):
+    """A linear layer that makes the logits of what is recorded: only the classes whose weights changed are computed.
+
+    The demand for a class has a gradient for that class and for those that win in its place, and for no other: whatever
+    the editor, few rows of the layer move. ``y[:, c] = x W[c] + b[c]`` for those, on the unedited logits.
+    """
+
+    def __init__(self, traced: Traced, features: Tensor, step: Whole) -> None:
+        self._traced, self._features, self._names = traced, features, step.names
+        self._own = {name: value.detach() for name, value in step.module.named_parameters()}
+        self._base = self._logits(self._own)
+
+    def weights(self, params: Params) -> Params:
+        """Return the layer's weight and bias."""
+        return {own: params.get(self._names.get(own, ""), value) for own, value in self._own.items()}
+
+    def over(self, weights: Params) -> Tensor:
+        """Return the logits of all items."""
+        moved = torch.stack(
+            [(weights[own] != value).reshape(len(value), -1).any(1) for own, value in self._own.items()]
+        )
+        classes = moved.any(0).nonzero().squeeze(1)
+        if 4 * len(classes) > self._base.shape[1]:
+            return self._logits(weights)
+        logits = self._base.clone()
+        logits[:, classes] = self._logits({own: value[classes] for own, value in weights.items()})
+        return logits
+
+    def some(self, weights: Params, index: Tensor) -> Tensor:
+        """Return the logits of some items."""
+        return F.linear(self._features[index], weights["weight"], weights.get("bias"))
+
+    def batch(self, params: Params, number: int) -> Tensor:
+        """Return the logits of one batch by the model's own operations."""
+        return self._traced.batch(params, number)
+
+    def first(self, weights: Params) -> Tensor:
+        """Return the logits of all items."""
+        return self.over(weights)
+
+    def rough(self) -> None:
+        """Return nothing: rounding the logits is all that would change."""
+
+    def _logits(self, weights: Params) -> Tensor:
+        return F.linear(self._features, weights["weight"], weights.get("bias"))
 
 
 @final

@@ -21,6 +21,7 @@ __all__ = ["Drift", "FastPredictor", "Prediction", "Predictor", "SlowPredictor"]
 _SAMPLE = 500
 _SCREENED = 2000  # items below which approximating first is not worth its overhead
 _GAIN = 0.6  # the share of the exact time that an approximation may take
+_LARGE = 2_000_000  # logits, above which the drift is estimated on the sample
 _NEGLIGIBLE = 2e-3  # seconds for all items, below which nothing is gained
 
 
@@ -109,9 +110,10 @@ class FastPredictor(Predictor):
             start = network.rounded(network.start)
             self._fine = self._engine(model, start)
             self._coarse = None if drift_items == n else self._faster(start, n)
-            self._on_sample = self._coarse is not None if drift_items is None else drift_items < n
-            self.drift_items = len(self._sample) if self._on_sample else n
             logits = self._fine.over(self._fine.weights(start))
+            large = self._coarse is not None or logits.numel() > _LARGE
+            self._on_sample = large if drift_items is None else drift_items < n
+            self.drift_items = len(self._sample) if self._on_sample else n
             self.base = self._untied(start, logits)
             self._drift = Drift(self._for_drift(logits))
 
@@ -169,6 +171,8 @@ class FastPredictor(Predictor):
             return None
         try:
             rough = self._fine.rough()
+            if rough is None:
+                return None
             coarse = _seconds_an_item(rough, start)
         except Exception:
             return None

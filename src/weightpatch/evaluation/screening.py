@@ -15,7 +15,8 @@ SAFETY = 2.0
 def margins(logits: Tensor) -> Tensor:
     """Return by how much the best class beats the second, shape (n,); NaN where a logit is NaN or both are infinite."""
     best, index = logits.max(1, keepdim=True)
-    second = logits.scatter(1, index, -torch.inf).amax(1)
+    second = logits.scatter_(1, index, -torch.inf).amax(1)  # in place and back: a copy would take most of the time
+    logits.scatter_(1, index, best)
     return best.squeeze(1) - second
 
 
