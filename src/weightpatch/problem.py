@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import final
 
 import torch
 from torch import Tensor
 
-from ._calling import Function, Params
+from ._calling import Function, Params, call
 from .constraints import Constraint
 from .errors import InvalidInput
 from .locality import Locality
@@ -51,7 +52,15 @@ class Problem:
         """Return how far predictions move on `keep`, a scalar in nats, differentiable in params."""
         if self.keep is None:
             raise InvalidInput("keep_weight needs something to keep; pass keep=wp.Locality(inputs)")
-        return self.keep.drift(self.at(self.start), self.at(params))
+        return self.keep.drift(self._before, self.at(params))
+
+    @cached_property
+    def _before(self) -> Function:
+        """Answer for the kept inputs as the unedited model does, which is asked once."""
+        assert self.keep is not None
+        with torch.no_grad():
+            answer = call(self.at(self.start), self.keep.inputs)
+        return lambda *args, **kwargs: answer
 
     def distance(self, params: Params) -> Tensor:
         """Return ½ ||params - start||², a scalar."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 BLOCK = "layer3.*"
 MARGIN = 0.1
-KEPT = 256  # the first images hold the edits back; what else changes is measured on all others
+KEPT = 128  # the first images hold the edits back; what else changes is measured on all others
 ASKED: dict[str, Literal["mistakes", "random"]] = {"real mistakes": "mistakes", "random labels": "random"}
 
 
