@@ -61,8 +61,8 @@ def agree(fast: FastPredictor, slow: SlowPredictor, network: Network) -> list[Te
         params = edited(network, scale, seed)
         ours, theirs = fast.predict(params), slow.predict(params)
         assert torch.equal(ours.classes, theirs.classes)
-        if fast.drift_items == slow.drift_items:
-            assert ours.drift == pytest.approx(theirs.drift, rel=1e-4, abs=1e-7)
+        exact = fast.drift_items == slow.drift_items
+        assert ours.drift == pytest.approx(theirs.drift, rel=1e-4 if exact else 0.05, abs=1e-7 if exact else 1e-3)
         found.append(theirs.classes)
     unchanged = fast.predict(network.rounded(network.start))
     assert torch.equal(unchanged.classes, slow.base)

@@ -21,7 +21,7 @@ __all__ = ["Drift", "FastPredictor", "Prediction", "Predictor", "SlowPredictor"]
 _SAMPLE = 500
 _SCREENED = 2000  # items below which approximating first is not worth its overhead
 _GAIN = 0.6  # the share of the exact time that an approximation may take
-_LARGE = 2_000_000  # logits, above which the drift is estimated on the sample
+_LARGE = 2_000_000  # logits, above which float64 is not worth its time
 _NEGLIGIBLE = 2e-3  # seconds for all items, below which nothing is gained
 
 
@@ -32,7 +32,7 @@ class Prediction:
 
     Attributes:
         classes: shape (n,); -1 where a logit is NaN.
-        drift: mean KL(before || after) in nats on the predictor's `drift_items`; NaN where it is not finite.
+        drift: mean KL(before || after) in nats, see `Predictor.drift_items`; NaN where it is not finite.
         exact: how many items were computed exactly, the others being too far from a tie to need it.
     """
 
@@ -46,7 +46,8 @@ class Predictor(ABC):
 
     Attributes:
         base: the classes that the unedited model answers, shape (n,).
-        drift_items: on how many items the drift is estimated.
+        drift_items: on how many items, at random, the drift comes from exact logits. Where these are not all, it is the
+            mean over all items of what rough logits say, corrected by what they are off by on these.
     """
 
     base: Tensor
@@ -109,30 +110,29 @@ class FastPredictor(Predictor):
         with self._network.isolated(), torch.no_grad():
             start = network.rounded(network.start)
             self._fine = self._engine(model, start)
-            self._coarse = None if drift_items == n else self._faster(start, n)
+            self._coarse = None if drift_items == n else self._faster(start, n, wanted=drift_items is not None)
+            self.drift_items = n if self._coarse is None else len(self._sample)
             logits = self._fine.over(self._fine.weights(start))
-            large = self._coarse is not None or logits.numel() > _LARGE
-            self._on_sample = large if drift_items is None else drift_items < n
-            self.drift_items = len(self._sample) if self._on_sample else n
-            self.base = self._untied(start, logits)
-            self._drift = Drift(self._for_drift(logits))
+            self.base, self._drift = self._untied(start, logits), Drift(logits)
+            if self._coarse is not None:
+                self._coarse_drift = Drift(self._coarse.over(self._coarse.weights(start)))
 
     def predict(self, params: Params) -> Prediction:
         """Return the answers, as a full pass gives them."""
         with self._network.isolated(), torch.no_grad():
-            logits, exact = self._logits(params)
-            return Prediction(self._untied(params, logits), self._drift.to(self._for_drift(logits)), exact)
+            weights = self._fine.weights(params)
+            if self._coarse is None:
+                logits = self._fine.over(weights)
+                return Prediction(self._untied(params, logits), self._drift.to(logits), len(logits))
+            coarse = self._coarse.over(self._coarse.weights(params))
+            logits, known = settle(coarse, lambda index: self._fine.some(weights, index), self._sample)
+            return Prediction(self._untied(params, logits), self._corrected(coarse, logits), int(known.sum()))
 
-    def _logits(self, params: Params) -> tuple[Tensor, int]:
-        weights = self._fine.weights(params)
-        if self._coarse is None:
-            return self._fine.over(weights), len(self.base)
-        coarse = self._coarse.over(self._coarse.weights(params))
-        logits, known = settle(coarse, lambda index: self._fine.some(weights, index), self._sample)
-        return logits, int(known.sum())
-
-    def _for_drift(self, logits: Tensor) -> Tensor:
-        return logits[self._sample] if self._on_sample else logits
+    def _corrected(self, coarse: Tensor, logits: Tensor) -> float:
+        """Estimate the drift with the rough one as control variate: where nothing changed, both are 0."""
+        rough = self._coarse_drift.each(coarse)
+        exact = self._drift.each(logits[self._sample], self._sample)
+        return float(rough.mean() + (exact - rough[self._sample]).mean())
 
     def _untied(self, params: Params, logits: Tensor) -> Tensor:
         """Answer as a full pass of their batches does what is as close to a tie as the order of rounding decides."""
@@ -165,8 +165,8 @@ class FastPredictor(Predictor):
         self._batch = replayed.batch
         return replayed
 
-    def _faster(self, start: Params, n: int) -> Engine | None:
-        """Return a bfloat16 engine where it is faster, else None."""
+    def _faster(self, start: Params, n: int, *, wanted: bool) -> Engine | None:
+        """Return a bfloat16 engine where it is faster, or is wanted anyway; else None."""
         if n < _SCREENED or any(value.dtype != torch.float32 for value in start.values()):
             return None
         try:
@@ -177,7 +177,7 @@ class FastPredictor(Predictor):
         except Exception:
             return None
         fine = _seconds_an_item(self._fine, start)
-        return rough if fine * n > _NEGLIGIBLE and coarse < _GAIN * fine else None
+        return rough if wanted or (fine * n > _NEGLIGIBLE and coarse < _GAIN * fine) else None
 
 
 def _rounding(logits: Tensor, exact: Tensor) -> float:
@@ -190,22 +190,27 @@ class Drift:
     """Mean KL(before || after) in nats, from one set of logits (n, classes) to many others.
 
     ``KL = h(after) - h(before)`` with ``h(z) = log Σ exp z - Σ p z`` and p the probabilities before; exactly 0 where
-    nothing changed. In float64, since both sides are large.
+    nothing changed. In float64 where that is quick, since both sides are large.
     """
 
     def __init__(self, before: Tensor) -> None:
-        self._p = before.double().softmax(1)
-        self._possible = None if bool((self._p > 0).all()) else self._p > 0
-        self._before = self._cross(before)
+        self._dtype = torch.float64 if before.numel() <= _LARGE else before.dtype
+        self._p = before.to(self._dtype).softmax(1)
+        self._certain = bool((self._p > 0).all())
+        self._before = self._cross(before, self._p)
 
     def to(self, after: Tensor) -> float:
-        """Return how far these logits are; NaN where that is not finite."""
-        return float((self._cross(after) - self._before).mean())
+        """Return the mean over all items; NaN where that is not finite."""
+        return float(self.each(after).mean())
 
-    def _cross(self, logits: Tensor) -> Tensor:
-        z = logits.double()
-        finite = z if self._possible is None else z.where(self._possible, 0)  # p = 0 adds nothing, also at -inf
-        return z.logsumexp(1) - (self._p * finite).sum(1)
+    def each(self, after: Tensor, index: Tensor | slice = slice(None)) -> Tensor:
+        """Return the divergence of each of the items in `index`, whose logits these are, shape (len(index),)."""
+        return self._cross(after, self._p[index]) - self._before[index]
+
+    def _cross(self, logits: Tensor, p: Tensor) -> Tensor:
+        z = logits.to(self._dtype)
+        finite = z if self._certain else z.where(p > 0, 0)  # p = 0 adds nothing, also at -inf
+        return z.logsumexp(1) - (p * finite).sum(1)
 
 
 def _seconds_an_item(engine: Engine, params: Params) -> float:

@@ -30,7 +30,7 @@ class Impact:
     Attributes:
         error: the share of wrong answers; an answer that is NaN is wrong.
         flips: the answers that differ from those of the unedited model.
-        drift: mean KL(before || after) in nats, on `Report.drift_items` items; None where it is not finite.
+        drift: mean KL(before || after) on the test set, nats, see `Report.drift_items`; None where it is not finite.
     """
 
     error: float
@@ -133,7 +133,8 @@ class Report:
         parameters: what they might change.
         protocol: how they were applied.
         test_items: how many items the test set has.
-        drift_items: on how many of them the drift is estimated, always from float32 logits (a fixed seeded sample).
+        drift_items: on how many of them, a seeded sample, the drift comes from float32 logits. Where these are not all,
+            it is the mean over all items from bfloat16 logits, corrected by what those are off by on the sample.
         base_error: the share of wrong answers of the unedited model.
         rows: one for every edit, in order.
         checkpoints: of edits that were applied one on another.
@@ -287,7 +288,7 @@ def _summary_table(report: Report) -> Table:
         table.add_row("drawdown, largest", _points(found.drawdown_max), "")
     for name in ("broken", "repaired", "other"):
         add(f"answers {name}", getattr(found, name), "{:.2f}".format)
-    add(f"drift on {report.drift_items} items", found.drift, "{:.3g} nats".format)
+    add("drift", found.drift, "{:.3g} nats".format)
     add("generality", found.generality, _percent)
     add("seconds an edit", found.seconds, "{:.3g}".format)
     if found.peak_bytes is not None:
