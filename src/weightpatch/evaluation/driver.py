@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,6 +78,9 @@ def evaluate(
     header = _header(model, network, edits, editor, (inputs, labels), keep, altered, protocol)
     with Log(results, header) as log, _progress(len(edits), progress) as show:
         predictor = FastPredictor(model, network, inputs, batch_size, log.header.get("drift_items"))
+        if predictor.untraced_because:
+            reason = predictor.untraced_because
+            warnings.warn(f"{type(model).__name__} is judged as it is, which takes longer: {reason}", stacklevel=2)
         log.start(drift_items=predictor.drift_items)
         labels = labels.to(predictor.base.device)
         bench = Bench(model, network, edits, editor, keep, altered, predictor, labels, log, show)
