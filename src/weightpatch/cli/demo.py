@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ._output import Answer, console
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor, nn
 
+    from ..constraints import Constraint
     from ..editing import Edit
     from ..evaluation import Report
     from ..locality import Locality
@@ -21,8 +23,7 @@ if TYPE_CHECKING:
 
 BLOCK = "layer3.*"
 MARGIN = 0.1
-KEPT = 128  # the first images hold the edits back; what else changes is measured on all others
-ASKED: dict[str, Literal["mistakes", "random"]] = {"real mistakes": "mistakes", "random labels": "random"}
+KEPT = 64  # the first images hold the edits back; what else changes is measured on all others
 
 
 def demo(output: Path = Path("demo-output"), edits: int = 100, json: bool = False) -> Answer:
@@ -33,17 +34,21 @@ def demo(output: Path = Path("demo-output"), edits: int = 100, json: bool = Fals
         edits: How many real-mistake and how many random-label edits to measure.
         json: Print facts as JSON alone.
     """
-    from .. import Locality, compare
+    import torch
+
+    from .. import Comparison, Locality
     from .. import edit as run
     from ..constraints import Classified
-    from ..evaluation import edit_page
+    from ..evaluation import edit_page, predict
     from ..tasks import images
+    from .evaluate import chosen
 
     out = console(json)
     output.mkdir(parents=True, exist_ok=True)
     model, everything = images.fashion_classifier(), images.fashion_test()
     kept, test = everything[slice(0, KEPT)], everything[slice(KEPT, len(everything))]
-    answers = _answers(model, test)
+    before = predict(model, test.images)
+    answers = before.argmax(1)
     mistakes = (answers != test.labels).nonzero().squeeze(1)
     out.print(
         f"[bold]1. The model[/] {len(test):,} Fashion-MNIST test images, {len(mistakes)} mistakes: "
@@ -63,10 +68,15 @@ def demo(output: Path = Path("demo-output"), edits: int = 100, json: bool = Fals
     path = output / f"{item}.patch.safetensors"
     after = _journey(model, found, fix, path, out)
     out.print(_before_and_after(model, after, image, test.classes))
-    comparison = compare(model, after, (test.images, test.labels))
+    comparison = Comparison(before, predict(after, test.images), test.labels)
     out.print(f"[bold]5. What else changed[/] {comparison}")
 
-    reports = _measure(model, test, keep, edits, output, out)
+    generator = torch.Generator().manual_seed(0)
+    asked = {
+        "real mistakes": chosen(test, mistakes, edits, MARGIN, generator),
+        "random labels": chosen(test, None, edits, MARGIN, generator),
+    }
+    reports = _measure(model, test, keep, asked, output, out)
     page = edit_page(
         output / "report.html",
         model=model,
@@ -87,13 +97,6 @@ def demo(output: Path = Path("demo-output"), edits: int = 100, json: bool = Fals
         "evaluations": {name: asdict(report.summary) for name, report in reports.items()},
     }
     return Answer(facts)
-
-
-def _answers(model: nn.Module, test: LabelledImages) -> Any:
-    import torch
-
-    with torch.no_grad():
-        return torch.cat([model(test.images[i : i + 500]).argmax(1) for i in range(0, len(test), 500)])
 
 
 def _before_and_after(model: nn.Module, after: nn.Module, image: Tensor, classes: tuple[str, ...]) -> Table:
@@ -137,7 +140,12 @@ def _journey(model: nn.Module, found: Edit, fix: Any, path: Path, out: Console) 
 
 
 def _measure(
-    model: nn.Module, test: LabelledImages, keep: Locality, edits: int, output: Path, out: Console
+    model: nn.Module,
+    test: LabelledImages,
+    keep: Locality,
+    asked: dict[str, list[Constraint]],
+    output: Path,
+    out: Console,
 ) -> dict[str, Report]:
     """Evaluate real-mistake edits and random-label edits, and print the table."""
     from rich.table import Table
@@ -146,20 +154,20 @@ def _measure(
     from ..editors import ladder
     from ..evaluation import figures
     from ..tasks import images
-    from .evaluate import draw
 
-    reports = {}
-    for name, labels in ASKED.items():
-        reports[name] = evaluate(
-            model,
-            draw(model, test, edits, labels, MARGIN, seed=0),
-            ladder(keep_weight=100.0),
-            keep=keep,
-            test=(test.images, test.labels),
-            parameters=BLOCK,
-            altered=images.altered,
-            results=output / f"{name.replace(' ', '-')}.jsonl",
-        )
+    both = evaluate(
+        model,
+        [constraint for constraints in asked.values() for constraint in constraints],
+        ladder(keep_weight=100.0),
+        keep=keep,
+        test=(test.images, test.labels),
+        parameters=BLOCK,
+        altered=images.altered,
+        results=output / "edits.jsonl",
+    )
+    reports, rows = {}, iter(both.rows)
+    for name, constraints in asked.items():
+        reports[name] = replace(both, rows=tuple(islice(rows, len(constraints))))
     table = Table(title=f"6. Many edits, one at a time, each measured on {len(test):,} images", title_justify="left")
     table.add_column("")
     for name in reports:

@@ -14,7 +14,7 @@ from ._output import Answer, console
 from .edit import Reading, Settings, locality
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Generator, Tensor, nn
 
     from ..constraints import Constraint
     from ..tasks.images import LabelledImages
@@ -92,17 +92,25 @@ def draw(
     """Draw n edits: items that the model gets wrong, with their true labels, or any items, with random labels."""
     import torch
 
+    from ..evaluation import predict
+
+    wrong = (
+        (predict(model, data.images).argmax(1) != data.labels).nonzero().squeeze(1) if labels == "mistakes" else None
+    )
+    return chosen(data, wrong, n, margin, torch.Generator().manual_seed(seed))
+
+
+def chosen(data: LabelledImages, wrong: Tensor | None, n: int, margin: float, generator: Generator) -> list[Constraint]:
+    """Choose n of the rows that are `wrong` and ask for their true labels; without it any rows, and any labels."""
+    import torch
+
     from ..constraints import Classified
     from ..errors import InvalidInput
 
-    generator = torch.Generator().manual_seed(seed)
-    if labels == "random":
+    if wrong is None:
         rows = torch.randperm(len(data), generator=generator)[:n]
         wanted = torch.randint(0, len(data.classes), (len(rows),), generator=generator)
     else:
-        with torch.no_grad():
-            answers = torch.cat([model(data.images[i : i + 256]).argmax(1) for i in range(0, len(data), 256)])
-        wrong = (answers != data.labels).nonzero().squeeze(1)
         rows = wrong[torch.randperm(len(wrong), generator=generator)[:n]]
         wanted = data.labels[rows]
     if not len(rows):

@@ -1,6 +1,6 @@
 """Judging edits: what a set of them does to a test set, and what one changes item by item."""
 
-from .comparison import ClassChange, Comparison, compare
+from .comparison import ClassChange, Comparison, compare, predict
 from .curve import Curve, curve
 from .driver import evaluate
 from .figures import figures
@@ -29,4 +29,5 @@ __all__ = [
     "edit_page",
     "evaluate",
     "figures",
+    "predict",
 ]

@@ -212,7 +212,7 @@ class Comparison:
 
 
 def compare(
-    before: nn.Module | Function, after: nn.Module | Function, test: TestSet, *, batch_size: int = 512
+    before: nn.Module | Function, after: nn.Module | Function, test: TestSet, *, batch_size: int = 128
 ) -> Comparison:
     """Run two models, or functions, on one labelled test set and say everything that differs.
 
@@ -231,7 +231,7 @@ def compare(
     return Comparison(logits[0], logits[1], labels.detach().cpu().long())
 
 
-def predict(function: Function, inputs: Inputs, batch_size: int = 512) -> Tensor:
+def predict(function: Function, inputs: Inputs, batch_size: int = 128) -> Tensor:
     """Return the logits for all inputs, in batches and without gradients, (n, ...), on the CPU."""
     if batch_size < 1:
         raise InvalidInput(f"batch_size was {batch_size}; expected at least 1")

@@ -88,7 +88,7 @@ def curve(
     test: TestSet,
     *,
     strengths: Sequence[float] = STRENGTHS,
-    batch_size: int = 512,
+    batch_size: int = 128,
 ) -> Curve:
     """Measure a patch at several strengths; the model is left as it is.
 

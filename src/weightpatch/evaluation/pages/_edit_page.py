@@ -30,7 +30,7 @@ from ._words import Names
 __all__ = ["edit_page"]
 
 _MISTAKES = 6
-_BATCH = 512
+_BATCH = 128
 
 
 def edit_page(
