@@ -1,4 +1,4 @@
-"""Put the stored table of editors into the README, between its two markers; run it after benchmarks/fashion_table.py."""
+"""Put the stored table of editors into the README, between its markers; run it after benchmarks/fashion_table.py."""
 
 import re
 import subprocess
