@@ -195,8 +195,8 @@ def table(rows: list[dict], machine: str) -> str:
         f"{EDITS} random-label edits of test images, k = 10 steps, margin 0, one at a time, each measured on all "
         "10,000 test images; learning rates were chosen on held-out training images. `ladder` is the default editor "
         "with 256 training images kept, up to 100 steps a rung. Made by `python benchmarks/fashion_table.py` on "
-        f"{machine}; milliseconds, of the edit alone, by `--time`: the median of {TIMED} edits, one thread. Drawdown is in "
-        "percentage points.\n",
+        f"{machine}; milliseconds, of the edit alone, by `--time`: the median of {TIMED} edits, one thread. Drawdown "
+        "is in percentage points.\n",
         "| editor | edited | lr | " + " | ".join(columns) + " |",
         "|---|---|---|" + "---:|" * len(columns),
     ]
@@ -208,7 +208,7 @@ def table(rows: list[dict], machine: str) -> str:
 
 
 def retime(rows: list[Row], test: images.LabelledImages, train: images.LabelledImages, runs: Path) -> None:
-    """Measure the milliseconds of every finished row again, alone on the machine: the median of 50 edits, one thread."""
+    """Measure the milliseconds of every finished row again, alone on the machine: a median, on one thread."""
     torch.set_num_threads(1)
     model = images.fashion_classifier()
     for row in rows:
