@@ -56,6 +56,8 @@ def count_calls(tmp_path, patch) -> int:
 ERRORS = {
     "disk full": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
     "disk broken": OSError(errno.EIO, os.strerror(errno.EIO)),
+    "read-only": OSError(errno.EROFS, os.strerror(errno.EROFS)),
+    "not permitted": OSError(errno.EACCES, os.strerror(errno.EACCES)),
     "interrupt": KeyboardInterrupt(),
     "no memory": MemoryError(),
 }
