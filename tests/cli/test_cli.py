@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -62,20 +61,15 @@ def wrong(small: Path) -> int:
         return int((model(test.images).argmax(1) != test.labels).nonzero()[0])
 
 
-def test_help_is_instant_and_torch_is_not_imported():
+def test_help_does_not_import_torch():
     code = (
         "import sys; from weightpatch.cli import main; c = main(['--help']);"
         "assert 'torch' not in sys.modules; sys.exit(c)"
     )
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - started)
-        assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     for command in ("demo", "edit", "evaluate", "diff", "apply", "revert", "inspect", "doctor"):
         assert command in done.stdout
-    assert min(seconds) < 1.0  # the aim is 0.3 s; a loaded machine gets slack, an import of torch would take more
 
 
 @pytest.mark.parametrize("command", ["demo", "edit", "evaluate", "diff", "apply", "revert", "inspect", "doctor"])
