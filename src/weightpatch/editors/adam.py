@@ -8,7 +8,7 @@ from typing import NamedTuple, final
 import torch
 
 from .._calling import Params
-from .base import IterativeEditor
+from .base import IterativeEditor, Rate, each, root
 
 
 class AdamState(NamedTuple):
@@ -34,9 +34,9 @@ class Adam(IterativeEditor):
     Adam(lr=0.001, max_steps=10, keep_weight=0.0, weight_decay=0.0, betas=(0.9, 0.999), epsilon=1e-08)
     """
 
-    lr: float = 1e-3
+    lr: Rate = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
-    epsilon: float = 1e-8
+    epsilon: Rate = 1e-8
 
     def init(self, params: Params) -> AdamState:
         """Return zero means."""
@@ -48,6 +48,6 @@ class Adam(IterativeEditor):
         (b1, b2), t = self.betas, state.steps + 1
         first = {n: b1 * m + (1 - b1) * grads[n] for n, m in state.first.items()}
         second = {n: b2 * v + (1 - b2) * grads[n].square() for n, v in state.second.items()}
-        rate = self.lr / (1 - b1**t)
-        moved = {n: p - rate * first[n] / ((second[n] / (1 - b2**t)).sqrt() + self.epsilon) for n, p in params.items()}
+        size = {n: root(v / (1 - b2**t)) + each(self.epsilon, n) for n, v in second.items()}
+        moved = {n: p - each(self.lr, n) / (1 - b1**t) * first[n] / size[n] for n, p in params.items()}
         return moved, AdamState(first, second, t)

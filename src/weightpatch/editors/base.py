@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -13,6 +14,19 @@ from torch import Tensor
 from .._calling import Params
 from ..errors import InvalidInput, NotEditable
 from ..problem import Problem
+
+Rate: TypeAlias = "float | Mapping[str, float | Tensor]"
+
+
+def each(rate: Rate, name: str) -> float | Tensor:
+    """Return the hyper-parameter of one tensor, where it is given by the tensors' names; else the one of all."""
+    return rate[name] if isinstance(rate, Mapping) else rate
+
+
+def root(square: Tensor) -> Tensor:
+    """Return √x for x ≥ 0 whose derivative at 0 is 0 in place of infinity, so that steps can be differentiated."""
+    positive = square > 0
+    return square.where(positive, 1).sqrt().where(positive, 0)
 
 
 @final
@@ -39,24 +53,26 @@ class IterativeEditor(Editor):
     The stop rule is tested before every step and after the last, so k steps cost k + 1 forward passes.
 
     Args:
-        lr: the step length α, in units of the parameter per unit of the method's direction d; at least 0.
+        lr: the step length α, in units of the parameter per unit of the method's direction d; at least 0. One for all
+            tensors, or one for each by its name (Editable Training learns those).
         max_steps: k, the most updates made; 0 makes none.
         keep_weight: how much ``KL(before || after)`` on the kept inputs (nats) weighs in the loss; needs `keep`.
         weight_decay: how much ``½ ||θ - θ_start||²`` weighs in the loss: a pull to the start, not to 0.
     """
 
-    lr: float
+    lr: Rate
     max_steps: int = 10
     keep_weight: float = 0.0
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("lr", "keep_weight", "weight_decay"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise InvalidInput(
-                    f"{type(self).__name__} was given {name}={value}; expected a finite number, at least 0"
-                )
+            given = getattr(self, name)
+            for value in given.values() if isinstance(given, Mapping) else (given,):
+                if not isinstance(value, Tensor) and not (math.isfinite(value) and value >= 0):
+                    raise InvalidInput(
+                        f"{type(self).__name__} was given {name}={value}; expected a finite number, at least 0"
+                    )
         if not isinstance(self.max_steps, int) or self.max_steps < 0:
             raise InvalidInput(
                 f"{type(self).__name__} was given max_steps={self.max_steps!r}; expected an integer, at least 0"
@@ -81,14 +97,31 @@ def iterate(editor: IterativeEditor, problem: Problem) -> Solution:
     params, state = problem.start, editor.init(problem.start)
     for steps in range(editor.max_steps):
         moving = {name: p.detach().requires_grad_() for name, p in params.items()}
-        with torch.enable_grad():
-            violation = problem.violation(moving)
-            worst = float(violation.detach().max())
-            if worst <= 0 or not math.isfinite(worst):
-                return Solution(params, steps)
-            loss = violation.relu().sum() + _penalty(editor, problem, moving)
-        params, state = editor.step(params, _gradient(loss, moving), state)
+        grads = direction(editor, problem, moving)
+        if grads is None:
+            return Solution(params, steps)
+        params, state = editor.step(params, grads, state)
     return Solution(params, editor.max_steps)
+
+
+def direction(
+    editor: IterativeEditor, problem: Problem, params: Params, *, create_graph: bool = False
+) -> Params | None:
+    """Return the gradient of the editor's loss at `params`, which require one; None where the loop ends here.
+
+    Args:
+        editor: its penalties are part of the loss.
+        problem: what is asked.
+        params: where the gradient is taken.
+        create_graph: whether the gradient itself is to be differentiated, as Editable Training does.
+    """
+    with torch.enable_grad():
+        violation = problem.violation(params)
+        worst = float(violation.detach().max())
+        if worst <= 0 or not math.isfinite(worst):
+            return None
+        loss = violation.relu().sum() + _penalty(editor, problem, params)
+        return _gradient(loss, params, create_graph)
 
 
 def _penalty(editor: IterativeEditor, problem: Problem, params: Params) -> Tensor | float:
@@ -100,8 +133,9 @@ def _penalty(editor: IterativeEditor, problem: Problem, params: Params) -> Tenso
     return penalty
 
 
-def _gradient(loss: Tensor, params: Params) -> Params:
-    grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True) if loss.requires_grad else []
+def _gradient(loss: Tensor, params: Params, create_graph: bool) -> Params:
+    moved = list(params.values())
+    grads = torch.autograd.grad(loss, moved, allow_unused=True, create_graph=create_graph) if loss.requires_grad else []
     if all(g is None for g in grads):
         raise NotEditable(
             f"the constraint does not depend on {sorted(params)}; choose parameters between the input and the output "

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import final
 
 from .._calling import Params
-from .base import IterativeEditor
+from .base import IterativeEditor, Rate, each
 
 
 @final
@@ -20,11 +20,11 @@ class GradientDescent(IterativeEditor):
     GradientDescent(lr=0.01, max_steps=10, keep_weight=0.0, weight_decay=0.0)
     """
 
-    lr: float = 1e-2
+    lr: Rate = 1e-2
 
     def init(self, params: Params) -> None:
         """Return no state."""
 
     def step(self, params: Params, grads: Params, state: None) -> tuple[Params, None]:
         """Move every parameter by ``-α g``."""
-        return {name: p - self.lr * grads[name] for name, p in params.items()}, None
+        return {name: p - each(self.lr, name) * grads[name] for name, p in params.items()}, None

@@ -8,7 +8,7 @@ from typing import final
 import torch
 
 from .._calling import Params
-from .base import IterativeEditor
+from .base import IterativeEditor, Rate, each
 
 
 @final
@@ -25,8 +25,8 @@ class Momentum(IterativeEditor):
     Momentum(lr=0.01, max_steps=10, keep_weight=0.0, weight_decay=0.0, momentum=0.9)
     """
 
-    lr: float = 1e-2
-    momentum: float = 0.9
+    lr: Rate = 1e-2
+    momentum: Rate = 0.9
 
     def init(self, params: Params) -> Params:
         """Return v = 0."""
@@ -34,5 +34,5 @@ class Momentum(IterativeEditor):
 
     def step(self, params: Params, grads: Params, state: Params) -> tuple[Params, Params]:
         """Update v, then move every parameter by ``-α v``."""
-        velocity = {name: self.momentum * v + grads[name] for name, v in state.items()}
-        return {name: p - self.lr * velocity[name] for name, p in params.items()}, velocity
+        velocity = {name: each(self.momentum, name) * v + grads[name] for name, v in state.items()}
+        return {name: p - each(self.lr, name) * velocity[name] for name, p in params.items()}, velocity

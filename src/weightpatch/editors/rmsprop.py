@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
+from torch import Tensor
+
 from .._calling import Params
-from .base import IterativeEditor
+from .base import IterativeEditor, Rate, each
 
 
 @final
@@ -25,9 +27,9 @@ class RMSProp(IterativeEditor):
     RMSProp(lr=0.001, max_steps=10, keep_weight=0.0, weight_decay=0.0, beta=0.5, epsilon=1e-06)
     """
 
-    lr: float = 1e-3
-    beta: float = 0.5
-    epsilon: float = 1e-6
+    lr: Rate = 1e-3
+    beta: Rate = 0.5
+    epsilon: Rate = 1e-6
 
     def init(self, params: Params) -> None:
         """Return no running mean: the first gradient sets it."""
@@ -35,6 +37,12 @@ class RMSProp(IterativeEditor):
     def step(self, params: Params, grads: Params, state: Params | None) -> tuple[Params, Params]:
         """Update r, then move every parameter by ``-α g / √(r + ε)``."""
         squares = {name: g.square() for name, g in grads.items()}
-        mean = squares if state is None else {n: self.beta * state[n] + (1 - self.beta) * s for n, s in squares.items()}
-        moved = {n: p - self.lr * grads[n] / (mean[n] + self.epsilon).sqrt() for n, p in params.items()}
+        mean = squares if state is None else {n: self._mean(n, state[n], s) for n, s in squares.items()}
+        moved = {
+            n: p - each(self.lr, n) * grads[n] / (mean[n] + each(self.epsilon, n)).sqrt() for n, p in params.items()
+        }
         return moved, mean
+
+    def _mean(self, name: str, past: Tensor, square: Tensor) -> Tensor:
+        beta = each(self.beta, name)
+        return beta * past + (1 - beta) * square

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._calling import Params
-from .base import IterativeEditor
+from .base import IterativeEditor, Rate, each, root
 
 
 @final
@@ -23,7 +23,7 @@ class ScaledGradientDescent(IterativeEditor):
     ScaledGradientDescent(lr=0.1, max_steps=10, keep_weight=0.0, weight_decay=0.0)
     """
 
-    lr: float = 1e-1
+    lr: Rate = 1e-1
 
     def init(self, params: Params) -> None:
         """Return no norm: the first gradient sets it."""
@@ -31,6 +31,6 @@ class ScaledGradientDescent(IterativeEditor):
     def step(self, params: Params, grads: Params, state: Tensor | None) -> tuple[Params, Tensor]:
         """Move every parameter by ``-α g / ||g_0||``; a zero first gradient moves nothing."""
         if state is None:
-            norm = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
+            norm = root(torch.stack([g.square().sum() for g in grads.values()]).sum())
             state = torch.where(norm > 0, norm, torch.ones_like(norm))
-        return {name: p - self.lr * grads[name] / state for name, p in params.items()}, state
+        return {name: p - each(self.lr, name) * grads[name] / state for name, p in params.items()}, state

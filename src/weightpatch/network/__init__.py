@@ -1,12 +1,14 @@
 """What is done to a user's network without touching it: a structural clone, a choice of parameters, replay."""
 
 from .clone import structural_clone
-from .isolation import preserved_rng
+from .isolation import preserved_rng, twice_differentiable
+from .live import LiveNetwork
 from .network import Network
 from .passes import Recording
 from .scope import ParameterRow, check_finite, explain, select
 
 __all__ = [
+    "LiveNetwork",
     "Network",
     "ParameterRow",
     "Recording",
@@ -15,4 +17,5 @@ __all__ = [
     "preserved_rng",
     "select",
     "structural_clone",
+    "twice_differentiable",
 ]

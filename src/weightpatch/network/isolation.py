@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -13,9 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-__all__ = ["Noise", "differentiable_kernels", "isolated", "make_differentiable", "preserved_rng"]
+__all__ = [
+    "Noise",
+    "differentiable_kernels",
+    "isolated",
+    "make_differentiable",
+    "preserved_rng",
+    "twice_differentiable",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +97,22 @@ def differentiable_kernels() -> Iterator[None]:
             _depth -= 1
             if _depth == 0:
                 torch.backends.mha.set_fastpath_enabled(_was_enabled)
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Choose attention kernels whose backward pass can itself be differentiated.
+
+    The fused ones fail only in the second backward pass. Under autocast, casts of weights are not cached: the cache
+    knows tensors by identity, and a differentiated loop makes new ones at every step.
+    """
+    kinds = [kind for kind in ("cpu", torch.accelerator.current_accelerator()) if kind is not None]
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        for kind in (kind if isinstance(kind, str) else kind.type for kind in kinds):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False))
+        yield
 
 
 def make_differentiable(recurrent: nn.RNNBase) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -15,6 +15,7 @@ from .._calling import Function, Inputs, Params
 from ..errors import InvalidInput, ShapeMismatch
 from .clone import structural_clone
 from .isolation import isolated
+from .live import arguments
 from .passes import Recording
 from .replay import Call, Replayer
 from .scope import select
@@ -101,7 +102,7 @@ class Network:
         The recording's `output` is the unedited model's answer; the inputs are kept and must not be changed.
         """
         self._check_unchanged()
-        args, kwargs = self._normalized(*_arguments(inputs))
+        args, kwargs = self._normalized(*arguments(inputs))
         with _outside_inference(), torch.no_grad():
             output, recording = self._replayer.record(self._cast(self.start), (args, kwargs))
         recording.inputs = (args, kwargs)
@@ -179,12 +180,6 @@ class Network:
 
 def _master(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def _arguments(inputs: Inputs) -> Call:
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
 
 
 def _versions(tensors: Sequence[Any]) -> int:

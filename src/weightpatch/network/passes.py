@@ -131,12 +131,48 @@ class Recording:
         """Say whether no pass has changed a stored output in place."""
         return all(leaf._version == version for leaf, version in self.guards)
 
+    def tensors(self) -> list[Tensor]:
+        """Return the stored outputs that a replay reads."""
+        return [leaf for leaf, _ in self.guards]
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Recording:
+        """Return the same recording with every stored output replaced."""
+        guarded, guards = {id(leaf) for leaf, _ in self.guards}, []
+        calls = []
+        for call in self.calls:
+            leaves = [change(leaf) for leaf in call.leaves]
+            guards += [(new, new._version) for old, new in zip(call.leaves, leaves, strict=True) if id(old) in guarded]
+            calls.append(replace(call, leaves=leaves))
+        return replace(self, calls=calls, guards=guards)
+
+    def items(self, index: slice, total: int) -> Recording:
+        """Return the recording of some items of a batch of `total`: the first dimension is taken for that of items."""
+
+        def some(tensor: Tensor) -> Tensor:
+            return tensor[index] if tensor.ndim and len(tensor) == total else tensor
+
+        found, size = self.mapped(some), len(range(*index.indices(total)))
+        for call in found.calls:
+            shapes = tuple(
+                (torch.Size((size, *shape[1:])) if shape and shape[0] == total else shape, dtype)
+                for shape, dtype in call.arguments.shapes
+            )
+            call.arguments = replace(call.arguments, shapes=shapes)
+        return replace(found, inputs=None, output=None)
+
 
 class Record:
-    """A full pass that stores the outputs of the plan's calls."""
+    """A full pass that stores the outputs of the plan's calls.
 
-    def __init__(self, plan: Plan, inputs: Sequence[Tensor]) -> None:
-        self.plan, self.recording = plan, Recording(plan)
+    Args:
+        plan: which calls.
+        inputs: the tensors of the pass's inputs.
+        trained: whether other parameters than the edited ones are differentiated too: then a gradient is no sign of
+            the edit, and the plan is trusted.
+    """
+
+    def __init__(self, plan: Plan, inputs: Sequence[Tensor], *, trained: bool = False) -> None:
+        self.plan, self.recording, self._trained = plan, Recording(plan), trained
         self._position, self._inside = 0, False
         self._known: dict[int, tuple[weakref.ref[Tensor], tuple[Place, ...]]] = {}
         self._returned: list[tuple[weakref.ref[Tensor], int]] = []
@@ -174,7 +210,7 @@ class Record:
 
     def _arguments(self, name: str, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         tensors, rest, known = flatten_call(args, kwargs)
-        if not known or any(tensor.requires_grad for tensor in tensors):
+        if not known or (not self._trained and any(tensor.requires_grad for tensor in tensors)):
             raise Diverged(f"{name} is given something that may depend on the edit")
         made = Arguments(tuple(map(self._source, tensors)), tuple((t.shape, t.dtype) for t in tensors), rest)
         if len(self.plan.arguments) == index:
@@ -194,7 +230,7 @@ class Record:
         parts, spec = pytree.tree_flatten(output)
         tensors = [part for part in parts if isinstance(part, Tensor)]
         plain = all(isinstance(part, (Tensor, *PLAIN)) for part in parts)
-        if not plain or any(tensor.requires_grad for tensor in tensors):
+        if not plain or (not self._trained and any(tensor.requires_grad for tensor in tensors)):
             raise Diverged(f"{name} returns something that may depend on the edit")
         leaves, copies = [], []
         for k, tensor in enumerate(tensors):

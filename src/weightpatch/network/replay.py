@@ -36,13 +36,20 @@ class Replayer:
     records their outputs; later passes on the same batch return the recorded outputs in their place. A replay is
     checked once per plan against a full pass at other parameters. Where a pass does not go as recorded, a warning says
     so, and from then on every pass is a full one.
+
+    Args:
+        model: the clone.
+        start: the edited parameters.
+        replay: record and replay; full passes otherwise.
+        fixed: names of parameters that are not edited, and yet are given anew in every pass: those of a model that is
+            being trained.
     """
 
-    def __init__(self, model: nn.Module, start: Params, *, replay: bool) -> None:
+    def __init__(self, model: nn.Module, start: Params, *, replay: bool, fixed: Sequence[str] = ()) -> None:
         self.full_passes_because = "" if replay else "replay=False was given"
-        self._model, self._start = model, start
+        self._model, self._start, self._fixed = model, start, fixed
         self._modules = {name: module for name, module in model.named_modules() if name}
-        self._sites = list(_sites(model, {id(p): n for n, p in model.named_parameters() if n in start}))
+        self._sites = list(_sites(model, {id(p): n for n, p in model.named_parameters() if n in start or n in fixed}))
         self._device = next(iter(start.values())).device
         self._attention = any(isinstance(m, (nn.MultiheadAttention, nn.TransformerEncoder)) for m in model.modules())
         self._attention |= any(isinstance(m, nn.TransformerEncoderLayer) for m in model.modules())
@@ -146,9 +153,11 @@ class Replayer:
             if not plan.sequence:
                 return self.full(params, *inputs), Recording()
             self._wrap(plan.names)
+            here = {name: value.detach() for name, value in params.items()} if self._fixed else params
             try:
-                output, recording = self._record(plan, params, inputs)
-                return output, self._checked(recording, expected, params, inputs, output)
+                output, recording = self._record(plan, here, inputs)
+                recording = self._checked(recording, expected, here, inputs, output)
+                return self._record(plan, params, inputs) if self._fixed else (output, recording)
             except Diverged as diverged:
                 reason = str(diverged)
                 self._plans[key].remove(plan)
@@ -159,9 +168,10 @@ class Replayer:
     def _record(self, plan: Plan, params: Params, inputs: Call) -> tuple[Any, Recording]:
         """Run a full pass that records; it tracks gradients even where none is wanted, to see what depends."""
         wanted = torch.is_grad_enabled() and any(value.requires_grad for value in params.values())
-        tracked = {name: v if v.requires_grad else v.detach().requires_grad_() for name, v in params.items()}
+        tracked = self._tracked(params)
         args, kwargs = self._fresh(inputs)
-        run = Record(plan, flatten_call(args, kwargs)[0])
+        trained = any(name not in self._start and value.requires_grad for name, value in params.items())
+        run = Record(plan, flatten_call(args, kwargs)[0], trained=trained)
         with torch.enable_grad():
             output = self._pass(tracked, args, kwargs, run)
         return output if wanted else pytree.tree_map_only(Tensor, torch.detach, output), run.close()
@@ -281,12 +291,13 @@ class Replayer:
         leaves = (*params.values(), *flatten_call(args, kwargs)[0])
         tracked = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
         if not _transformed():
-            params = {n: v if v.requires_grad else v.detach().requires_grad_() for n, v in params.items()}
+            params = self._tracked(params)
         outer, self._run = self._run, run
-        originals = [(container, key, container[key]) for container, key, _ in self._sites]
+        originals = [(container, key, container[key]) for container, key, name in self._sites if name in params]
         try:
             for container, key, name in self._sites:
-                container[key] = params[name]
+                if name in params:
+                    container[key] = params[name]
             kernels = differentiable_kernels() if self._attention else nullcontext()
             with kernels, nullcontext() if tracked else torch.no_grad():
                 return self._model(*args, **kwargs)
@@ -294,6 +305,29 @@ class Replayer:
             for container, key, original in originals:
                 container[key] = original
             self._run = outer
+
+    def _tracked(self, params: Params) -> Params:
+        """Return the same with a gradient asked of every edited one."""
+        return {
+            name: v if v.requires_grad or name not in self._start else v.detach().requires_grad_()
+            for name, v in params.items()
+        }
+
+    def renew(self, model: nn.Module) -> None:
+        """Take over the weights, for probes, and the buffers of the model that the clone was made of."""
+        theirs = dict(model.named_modules(remove_duplicate=False))
+        copies: dict[int, Tensor] = {}
+        with torch.no_grad():
+            for name, module in self._model.named_modules(remove_duplicate=False):
+                for key, buffer in theirs[name]._buffers.items():
+                    if buffer is not None:
+                        module._buffers[key] = copies.setdefault(id(buffer), buffer.detach().clone())
+            weights = dict(model.named_parameters())
+            for name, parameter in self._model.named_parameters():
+                if name not in self._own:
+                    parameter.data = weights[name].detach()
+        if self._state is not None:
+            self._state = State(self._model)
 
     def _fresh(self, inputs: Call) -> Call:
         """Copy the inputs of a model that changes them in place, so that every pass is given the same."""
