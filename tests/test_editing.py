@@ -14,6 +14,7 @@ from weightpatch.constraints import Constraint, Kept, Within
 from weightpatch.editing import Result
 from weightpatch.editors import Editor, GradientDescent, RMSProp, Shrink, Solution
 from weightpatch.errors import EditFailed, InvalidInput
+from weightpatch.problem import Problem
 
 RESNET = zoo.CASES[1]
 
@@ -154,7 +155,7 @@ def test_a_constraint_of_ones_own_is_a_few_lines():
 
 def test_an_editors_word_is_not_taken():
     class Liar(Editor):
-        def run(self, problem: wp.Problem) -> Solution:
+        def run(self, problem: Problem) -> Solution:
             return Solution(problem.start, 3)
 
     model = RESNET.model()

@@ -15,6 +15,7 @@ LAYERS = (
     {"editors"},
     {"editing"},
     {"evaluation"},
+    {"training"},
     {"tasks"},
     {"cli"},
 )

@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from . import constraints, editors, errors, evaluation
+    from . import constraints, editors, errors, evaluation, training
     from .editing import Edit, Result, edit
     from .evaluation import Comparison, Report, compare, evaluate
     from .locality import Locality
     from .patches import Patch
-    from .problem import Problem
+    from .training import EditableObjective
 
 __all__ = [
     "Comparison",
     "Edit",
+    "EditableObjective",
     "Locality",
     "Patch",
-    "Problem",
     "Report",
     "Result",
     "__version__",
@@ -37,14 +37,15 @@ __all__ = [
     "errors",
     "evaluate",
     "evaluation",
+    "training",
 ]
 
 _HOME = {
     "Comparison": "evaluation",
     "Edit": "editing",
+    "EditableObjective": "training",
     "Locality": "locality",
     "Patch": "patches",
-    "Problem": "problem",
     "Report": "evaluation",
     "Result": "editing",
     "compare": "evaluation",
