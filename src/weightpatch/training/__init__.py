@@ -1,7 +1,33 @@
 """Editable Training: train a network so that its mistakes can be patched in a few steps, without side effects."""
 
+from .curriculum import Ramp
 from .episodes import Episode
+from .items import Items, TrainingData
+from .loop import Trained, train
 from .objective import EditableObjective, Terms
 from .rates import LearnedRates
+from .samplers import Listed, Mistakes, Mixed, RandomLabels, RankMatched, Sampler
+from .settings import TrainSettings
+from .validation import Figures, Frugal, Validation
 
-__all__ = ["EditableObjective", "Episode", "LearnedRates", "Terms"]
+__all__ = [
+    "EditableObjective",
+    "Episode",
+    "Figures",
+    "Frugal",
+    "Items",
+    "LearnedRates",
+    "Listed",
+    "Mistakes",
+    "Mixed",
+    "Ramp",
+    "RandomLabels",
+    "RankMatched",
+    "Sampler",
+    "Terms",
+    "TrainSettings",
+    "Trained",
+    "TrainingData",
+    "Validation",
+    "train",
+]
