@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from weightpatch.tasks.images import shifted_and_flipped
 from weightpatch.tasks.images._fashion import MEAN, STD
 from weightpatch.tasks.images._idx import read_idx
 from weightpatch.tasks.images._labelled import normalised
@@ -29,18 +30,6 @@ HELD_OUT = 5000
 def read(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     pixels = read_idx(folder / f"{split}-images-idx3-ubyte.gz", dimensions=3).unsqueeze(1)
     return pixels, read_idx(folder / f"{split}-labels-idx1-ubyte.gz", dimensions=1).long()
-
-
-def shifted_and_flipped(pixels: Tensor, generator: torch.Generator, most: int = 2) -> Tensor:
-    """Move each image by up to `most` pixels (black comes in) and mirror half of them."""
-    n, _, height, width = pixels.shape
-    padded = F.pad(pixels, (most,) * 4)
-    down, right = torch.randint(0, 2 * most + 1, (2, n, 1), generator=generator)
-    rows, columns = down + torch.arange(height), right + torch.arange(width)
-    flip = torch.rand(n, 1, generator=generator) < 0.5
-    columns = torch.where(flip, columns.flip(1), columns)
-    images = torch.arange(n)[:, None, None]
-    return padded[images, 0, rows[:, :, None], columns[:, None, :]].unsqueeze(1)
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from .evaluate import evaluate
     from .inspect import inspect
     from .revert import revert
+    from .train import train
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if "--version" in arguments:
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    commands = {f.__name__: f for f in (demo, edit, evaluate, diff, apply, revert, inspect, doctor)}
+    commands = {f.__name__: f for f in (demo, edit, evaluate, train, diff, apply, revert, inspect, doctor)}
     as_json = "--json" in arguments
     try:
         answer: Answer = tyro.extras.subcommand_cli_from_dict(

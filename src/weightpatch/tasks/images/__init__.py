@@ -2,6 +2,7 @@
 
 from weightpatch.tasks.images import models
 from weightpatch.tasks.images._alterations import altered, noise, rotations, shifts
+from weightpatch.tasks.images._augmentation import shifted_and_flipped
 from weightpatch.tasks.images._cifar import cifar10
 from weightpatch.tasks.images._fashion import download_fashion_mnist, fashion_classifier, fashion_mnist, fashion_test
 from weightpatch.tasks.images._folder import image_folder
@@ -25,5 +26,6 @@ __all__ = [
     "noise",
     "npz",
     "rotations",
+    "shifted_and_flipped",
     "shifts",
 ]
