@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from weightpatch.constraints import Classified
 from weightpatch.editors import RMSProp
-from weightpatch.training import EditableObjective, Episode
+from weightpatch.training import EditableObjective, Episode, RandomLabels, TrainSettings, Validation, train
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
 ROWS, EDITS = 12, 4
@@ -62,12 +64,48 @@ def worker(rank: int, port: int, way: str, kind: str, folder: str) -> None:
     found = gradients(wrapped)
     if rank == 0:
         torch.save(found, Path(folder) / "found.pt")
+    if way == "ddp":
+        weights = trained(rank, port, folder)
+        both = [torch.empty_like(weights) for _ in range(2)]
+        dist.all_gather(both, weights)
+        assert torch.equal(*both)
     dist.barrier()
     dist.destroy_process_group()
 
 
+def trained(rank: int, port: int, folder: str) -> Tensor:
+    """Run `train` as torchrun would, twice: the second time from a checkpoint. Return the weights."""
+    world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in world.items()}, ACCELERATE_USE_CPU="true")
+    found = []
+    for _ in range(2):
+        objective, x, y, _ = parts("resnet")
+        result = train(
+            objective,
+            (x, y),
+            sampler=RandomLabels(x, 5),
+            settings=TrainSettings(steps=3, batch_size=4, edits=1, validate_every=2, checkpoint_every=2),
+            folder=Path(folder) / "run",
+            optimiser=lambda o: torch.optim.Adam(o.parameters(), lr=1e-2),
+            validation=Validation(x, y, RandomLabels(x, 5), edits=2),
+            trackers=(),
+        )
+        assert [figures.step for figures in result.history] == [2, 3]
+        found.append(torch.cat([p.detach().flatten() for p in objective.parameters()]))
+        dist.barrier()
+        last = Path(folder) / "run" / "checkpoints" / "step-000000003"
+        assert (last / "random_states_1.pkl").exists()  # there were two processes indeed
+        dist.barrier()
+        if rank == 0:
+            shutil.rmtree(last)
+        dist.barrier()
+    assert torch.equal(*found)
+    return found[0]
+
+
 @pytest.mark.parametrize(("way", "kind"), [("ddp", "resnet"), ("fsdp2", "resnet")])
 def test_two_processes_are_one_on_the_whole_batch(way: str, kind: str, tmp_path: Path):
+    pytest.importorskip("accelerate")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as plain_json
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -84,8 +85,9 @@ def train(
         progress=not json,
     )
     facts = _facts(found)
-    _write(folder, model, facts)
-    _show(out, folder, facts, time.monotonic() - began)
+    if os.environ.get("RANK", "0") == "0":  # of several processes that torchrun started, one speaks
+        _write(folder, model, facts)
+        _show(out, folder, facts, time.monotonic() - began)
     return Answer(facts)
 
 

@@ -227,7 +227,7 @@ class _Run:
     def _take_best(self) -> None:
         """Load the best weights; the others are no longer needed."""
         best = self._weights(self.figures[self.criterion(self.figures)].step)
-        load_model(self.objective, str(best), device=str(self.accelerator.device))
+        load_model(self.objective, str(best))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             for path in set(best.parent.glob("step-*.safetensors")) - {best}:
