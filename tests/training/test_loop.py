@@ -26,6 +26,7 @@ from weightpatch.training import (
     Listed,
     Ramp,
     RandomLabels,
+    Sampler,
     TrainingData,
     TrainSettings,
     Validation,
@@ -178,6 +179,33 @@ def test_augmentation_sees_a_generator_of_the_step(tmp_path: Path):
         go(tmp_path / folder, objective, Items(x, y, augment), x)
     assert seen[:4] == seen[4:]
     assert len(set(seen)) == 4
+
+
+class Noting(Sampler):
+    """Random labels, noted; asks the network about the items, which has to be in evaluation mode."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.drawn = x, []
+
+    def draw(self, count: int, function: Any, generator: torch.Generator) -> Any:
+        assert torch.equal(function(self.x), function(self.x))  # dropout would show
+        assert not function(self.x).requires_grad
+        found = RandomLabels(self.x, 5).draw(count, function, generator)
+        self.drawn.append([(float(e.constraint.inputs.sum()), int(e.constraint.labels)) for e in found])
+        return found
+
+
+def test_every_step_has_edits_of_its_own_and_the_same_ones_in_every_run(tmp_path: Path):
+    drawn = []
+    for folder, seed in (("one", 0), ("two", 0), ("three", 1)):
+        objective, x, y = parts()
+        sampler = Noting(x)
+        go(tmp_path / folder, objective, (x, y), x, replace(SETTINGS, seed=seed), sampler=sampler)
+        assert objective.model.training
+        drawn.append(sampler.drawn)
+    one, two, three = drawn
+    assert one == two
+    assert len({str(step) for step in one + three}) == 8
 
 
 def test_mixed_precision_trains(tmp_path: Path):
