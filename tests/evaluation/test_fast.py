@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from weightpatch.evaluation import engines, predictor
+from weightpatch.evaluation import engines, predictor, products
 from weightpatch.evaluation.predictor import Drift, FastPredictor, SlowPredictor
 from weightpatch.evaluation.screening import answers, margins, settle, spread
 from weightpatch.evaluation.steps import Halving, channels_last
@@ -48,7 +49,9 @@ def edited(network: Network, scale: float, seed: int = 0) -> dict[str, Tensor]:
     return network.rounded(moved)
 
 
-def compared(model: nn.Module, parameters: str, inputs: Tensor) -> tuple[FastPredictor, SlowPredictor, Network]:
+def compared(
+    model: nn.Module, parameters: str | tuple[str, ...], inputs: Tensor
+) -> tuple[FastPredictor, SlowPredictor, Network]:
     network = Network(model, parameters)
     fast, slow = FastPredictor(model, network, inputs, BATCH), SlowPredictor(model, network, inputs, BATCH)
     assert torch.equal(fast.base, slow.base)
@@ -316,3 +319,196 @@ def test_channels_last_has_its_strides_also_where_a_dimension_is_one(shape: tupl
     assert torch.equal(found, value)
     assert found.permute(0, 2, 3, 1).stride() == torch.empty(shape[0], *shape[2:], shape[1]).stride()
     assert channels_last(found) is found
+
+
+@pytest.fixture
+def _always_corrected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Correct the first convolutions for any rank up to a quarter of the outputs, whatever a timing says."""
+    monkeypatch.setattr(products, "_GAIN", float("inf"))
+
+
+class Parts(nn.Module):
+    """A stem, and a block of which two convolutions, or three, read what comes out of it."""
+
+    def __init__(self, *, norm: bool = True, kernel: int = 3, stride: int = 2, groups: int = 1) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv1 = nn.Conv2d(8, 24, kernel, stride, kernel // 2, groups=groups, bias=not norm)
+        self.down = nn.Conv2d(8, 24, 1, stride, bias=True)
+        self.bn1, self.bn2 = (nn.BatchNorm2d(24) if norm else nn.Identity() for _ in range(2))
+        self.conv2, self.fc = nn.Conv2d(24, 24, 3, padding=1), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        y = self.conv2(torch.relu(self.bn1(self.conv1(x))))
+        return self.fc(torch.relu(self.bn2(self.down(x)) + y).mean((2, 3)))
+
+
+def parts(**kwargs: Any) -> tuple[Parts, Tensor]:
+    torch.manual_seed(0)
+    model, inputs = Parts(**kwargs), torch.randn(61, 3, 10, 10)
+    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+        for value in (norm.weight, norm.bias, norm.running_mean):
+            assert value is not None
+            nn.init.normal_(value, mean=0.5)
+    diverse(model, inputs)
+    return model, inputs
+
+
+def low_rank(network: Network, rank: int, rest: float, seed: int = 0, scale: float = 0.3) -> dict[str, Tensor]:
+    """Move every kernel by so many factors, and all other parameters by `rest`."""
+    random = torch.Generator().manual_seed(seed)
+    moved = {}
+    for name, p in network.start.items():
+        noise = torch.randn(p.shape, generator=random)
+        if p.ndim == 4:
+            noise = (noise.flatten(1)[:, :rank] @ noise.flatten(1)[:rank]).view_as(p)
+        moved[name] = p + (scale if p.ndim == 4 else rest) * p.abs().mean() * noise
+    return network.rounded(moved)
+
+
+def corrected(fast: FastPredictor, params: dict[str, Tensor]) -> list[str]:
+    """The convolutions that run on recorded products, in float32."""
+    return [str(step.args[0]) for step, _ in fast._fine.weights(params) if isinstance(step, products.Corrected)]
+
+
+def agrees(fast: FastPredictor, slow: SlowPredictor, params: dict[str, Tensor]) -> None:
+    ours, theirs = fast.predict(params), slow.predict(params)
+    assert torch.equal(ours.classes, theirs.classes)
+    exact = fast.drift_items == slow.drift_items
+    assert ours.drift == pytest.approx(theirs.drift, rel=1e-4 if exact else 0.05, abs=1e-7 if exact else 1e-3)
+
+
+SHAPES = [{}, {"norm": False}, {"stride": 1}, {"kernel": 1}, {"kernel": 5}]
+
+
+@pytest.mark.usefixtures("_always_corrected")
+@pytest.mark.parametrize("rough", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_low_rank_edits_of_the_first_convolutions(
+    shape: dict[str, Any], rough: bool, request: pytest.FixtureRequest
+) -> None:
+    if rough:
+        request.getfixturevalue("_always_rough")
+    model, inputs = parts(**shape)
+    fast, slow, network = compared(model, ("conv1.*", "bn1.*", "down.*", "bn2.*", "conv2.*"), inputs)
+    assert (fast._coarse is not None) == rough
+    for rank in (0, 1, 4):
+        for rest in (0.0, 0.3):
+            params = low_rank(network, rank, rest)
+            assert corrected(fast, params) == (["conv1", "down"] if rank or rest else [])
+            agrees(fast, slow, params)
+            weights = fast._fine.weights(params)
+            with torch.no_grad():
+                exact = torch.func.functional_call(model, params, (inputs,))
+            assert torch.allclose(fast._fine.over(weights), exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
+    for full in (low_rank(network, 7, 0.3), edited(network, 0.3)):
+        assert corrected(fast, full) == []
+        agrees(fast, slow, full)
+    unchanged = fast.predict(network.rounded(network.start))
+    assert torch.equal(unchanged.classes, slow.base)
+    assert abs(unchanged.drift) < 1e-6
+
+
+@pytest.mark.usefixtures("_always_rough", "_always_corrected")
+def test_low_rank_edits_from_the_image_on() -> None:
+    model, inputs = parts()
+    fast, slow, network = compared(model, "*", inputs)
+    for rank in (0, 1, 2):
+        params = low_rank(network, rank, 0.3)
+        assert corrected(fast, params) == ["stem"]
+        agrees(fast, slow, params)
+
+
+@pytest.mark.usefixtures("_always_corrected")
+def test_grouped_convolutions_and_slow_corrections_run_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = parts(groups=2)
+    fast, slow, network = compared(model, ("conv1.*", "down.*"), inputs)
+    params = low_rank(network, 1, 0.3)
+    assert corrected(fast, params) == ["down"]
+    agrees(fast, slow, params)
+    monkeypatch.setattr(products, "_GAIN", 0.0)
+    fast, slow, network = compared(model, ("conv1.*", "down.*"), inputs)
+    for rank in (0, 1):
+        assert corrected(fast, low_rank(network, rank, 0.3)) == []
+        agrees(fast, slow, low_rank(network, rank, 0.3))
+
+
+@pytest.mark.usefixtures("_always_corrected")
+@pytest.mark.parametrize(("products_fit", "expected"), [(2, ["conv1", "down"]), (1, ["conv1"]), (0, [])])
+def test_products_that_do_not_fit_are_not_recorded(
+    products_fit: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut, product = 61 * 8 * 100 * 4, 61 * 24 * 25 * 4
+    monkeypatch.setattr(engines, "BUDGET", 1.5 * (cut + products_fit * product) + 100)
+    model, inputs = parts()
+    fast, slow, network = compared(model, ("conv1.*", "down.*"), inputs)
+    params = low_rank(network, 1, 0.3)
+    assert corrected(fast, params) == expected
+    agrees(fast, slow, params)
+    recorded = fast._fine._recorded  # type: ignore[attr-defined]
+    assert recorded.nbytes == cut + products_fit * product
+
+
+class Overwriting(nn.Module):
+    """Changes in place what its convolution has read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.fc = nn.Conv2d(2, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.fc(torch.relu(x.mul_(self.conv(x).sigmoid())).mean((2, 3)))
+
+
+@pytest.mark.usefixtures("_always_rough", "_always_corrected")
+def test_what_a_pass_overwrites_has_no_recorded_products() -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(61, 2, 8, 8)
+    fast, slow, network = compared(diverse(Overwriting(), inputs), "conv.*", inputs)
+    for seed in range(2):
+        params = low_rank(network, 1, 0.3, seed)
+        assert corrected(fast, params) == []
+        agrees(fast, slow, params)
+
+
+@pytest.mark.usefixtures("_always_corrected")
+@pytest.mark.parametrize("name", ["conv1.weight", "bn1.weight", "bn1.bias"])
+@pytest.mark.parametrize(("value", "expected"), [(math.nan, []), (math.inf, []), (1e10, ["conv1"])])
+def test_corrections_of_what_is_huge_or_not_finite(name: str, value: float, expected: list[str]) -> None:
+    model, inputs = parts()
+    fast, slow, network = compared(model, ("conv1.*", "bn1.*"), inputs)
+    params = network.rounded(network.start)
+    params[name][3] = value
+    assert corrected(fast, params) == expected
+    if expected:
+        agrees(fast, slow, params)
+
+
+@pytest.mark.usefixtures("_always_corrected")
+def test_a_filter_that_nearly_vanishes_is_not_the_small_difference_of_large_products() -> None:
+    model, inputs = parts()
+    fast, slow, network = compared(model, "conv1.*", inputs)
+    for factor, expected in ((1e-6, []), (0.0, []), (0.5, ["conv1"])):
+        params = network.rounded(network.start)
+        params["conv1.weight"][3] *= factor
+        assert corrected(fast, params) == expected
+        agrees(fast, slow, params)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(0, 12), st.floats(1e-9, 1e3), st.booleans())
+def test_factors_are_found_where_there_are_few_and_only_there(seed: int, rank: int, scale: float, dead: bool) -> None:
+    random = torch.Generator().manual_seed(seed)
+    old, left, right = (torch.randn(*shape, generator=random) for shape in ((40, 90), (40, rank), (rank, 90)))
+    if dead:
+        old[::3], left[::3] = 0, 0
+    new = old + scale * (left @ right)
+    found = products.factors(old, new, 8)
+    if found is not None:
+        off = (old.double() + found[0].double() @ found[1].double() - new).norm(dim=1)
+        assert (off <= 1.1 * products._ROUNDING * new.double().norm(dim=1)).all()
+    if 1e-4 < scale < 1e2:
+        assert (found is not None) == (rank <= 8)
+        assert found is None or found[1].shape == (rank, 90)

@@ -17,7 +17,7 @@ from .tracing import Recorded, Suffix, Trace
 
 __all__ = ["Engine", "Head", "Replayed", "Traced"]
 
-BUDGET = 2 << 30  # bytes of recorded activations
+BUDGET = 2 << 30  # bytes of recorded activations, in float32 and in bfloat16
 
 
 class Engine(ABC):
@@ -52,13 +52,15 @@ class Engine(ABC):
 class Traced(Engine):
     """The operations behind the edit, with batch normalisation folded and channels last, on recorded values.
 
+    The first convolutions of an edit of low rank are corrected rather than run, see `Shortcut`, where this is faster.
     Its float32 logits differ from those of a full pass by rounding.
     """
 
     def __init__(self, trace: Trace, recorded: Recorded, batch_size: int, dtype: torch.dtype = torch.float32) -> None:
         self._trace, self._recorded, self._batch_size = trace, recorded, batch_size
-        self._suffix = Suffix(trace, dtype, recorded)
-        self._plain = Suffix(trace, dtype, recorded, plain=True)
+        share = BUDGET * dtype.itemsize // (torch.float32.itemsize + torch.bfloat16.itemsize)
+        self._suffix = Suffix(trace, recorded, dtype, room=share - recorded.nbytes)
+        self._plain = Suffix(trace, recorded, dtype, plain=True)
 
     @staticmethod
     def of(model: nn.Module, network: Network, inputs: Inputs, batch_size: int) -> Traced | Head:
@@ -77,8 +79,9 @@ class Traced(Engine):
             trace = Trace(clone, network.names, whole=True)
         traced = Traced(trace, Recorded.of(trace, inputs, batch_size), batch_size)
         head = trace.fused[0] if len(trace.fused) == len(trace.cuts) == 1 else None
-        if isinstance(head, Whole) and type(head.module) is nn.Linear and traced._recorded.cuts[0].ndim == 2:
-            return Head(traced, traced._recorded.cuts[0], head)
+        features = traced._recorded.values[trace.cuts[0]]
+        if isinstance(head, Whole) and type(head.module) is nn.Linear and features.ndim == 2:
+            return Head(traced, features, head)
         return traced
 
     def weights(self, params: Params) -> Any:
@@ -87,11 +90,11 @@ class Traced(Engine):
 
     def over(self, weights: Any) -> Tensor:
         """Return the logits of all items."""
-        return self._suffix.over(weights, self._recorded)
+        return self._suffix.over(weights)
 
     def some(self, weights: Any, index: Tensor) -> Tensor:
         """Return the logits of some items, gathered from what is recorded."""
-        return self._suffix.some(weights, self._recorded, index)
+        return self._suffix.some(weights, index)
 
     def batch(self, params: Params, number: int) -> Tensor:
         """Return the logits of one batch by the model's own operations on values laid out as it makes them."""
@@ -100,7 +103,7 @@ class Traced(Engine):
 
     def first(self, weights: Any) -> Tensor:
         """Return the logits of the first items."""
-        return self._suffix.first(weights, self._recorded)
+        return self._suffix.first(weights)
 
     def rough(self) -> Traced:
         """Return the same with everything converted to bfloat16."""

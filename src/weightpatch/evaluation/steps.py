@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from .._calling import Params
 
-__all__ = ["Halving", "Step", "Whole", "channels_last", "fused_steps", "plain_steps"]
+__all__ = ["Convolution", "Halving", "Step", "Whole", "channels_last", "convolve", "fused_steps", "plain_steps"]
 
 _ADDS = (operator.add, operator.iadd, torch.add)
 _ACTIVATIONS = (F.relu, torch.relu, "relu", "relu_")
@@ -94,50 +95,86 @@ class Whole(Step):
 class Convolution(Step):
     """A convolution, with the batch normalisation, the addition and the rectifier that follow it.
 
-    In eval mode ``BN(W x + b) = (s W) x + s (b - mean) + bias`` with ``s = weight / √(var + ε)``.
+    In eval mode ``BN(W x + b) = s (W x) + s (b - mean) + bias`` with ``s = weight / √(var + ε)``.
     """
 
     conv: nn.Conv2d = field(default=None)  # type: ignore[assignment]
+    product: fx.Node = field(default=None)  # type: ignore[assignment]  # whose value is the convolution alone
     norm: nn.BatchNorm2d | None = None
     relu: bool = False
     adds: bool = False  # its second argument is added to the result
     names: dict[int, str] = field(default_factory=dict)  # ids of parameters -> names in the model
 
-    def weights(self, params: Params, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        def now(p: Tensor | None) -> Tensor | None:
-            return None if p is None else params.get(self.names.get(id(p), ""), p).detach()
+    def _now(self, params: Params, p: Tensor | None) -> Tensor | None:
+        return None if p is None else params.get(self.names.get(id(p), ""), p).detach()
 
-        weight, bias = now(self.conv.weight), now(self.conv.bias)
+    def kernel(self, params: Params) -> Tensor:
+        """Return the convolution's own weights W, edited."""
+        weight = self._now(params, self.conv.weight)
         assert weight is not None
-        if self.norm is not None:
-            mean, var, gain, shift = (
-                self.norm.running_mean,
-                self.norm.running_var,
-                now(self.norm.weight),
-                now(self.norm.bias),
-            )
-            assert mean is not None
-            assert var is not None
-            scale = (var + self.norm.eps).rsqrt() if gain is None else gain * (var + self.norm.eps).rsqrt()
-            weight = weight * scale[:, None, None, None]
-            bias = (0 if bias is None else bias) * scale - mean * scale + (0 if shift is None else shift)
-        return channels_last(weight.to(dtype)), None if bias is None else bias.to(dtype)
+        return weight
+
+    def affine(self, params: Params) -> tuple[Tensor | None, Tensor | None]:
+        """Return what ``W x`` is multiplied by and what is added then, each (out,), edited; None for nothing."""
+        bias = self._now(params, self.conv.bias)
+        if self.norm is None:
+            return None, bias
+        mean, var = self.norm.running_mean, self.norm.running_var
+        assert mean is not None
+        assert var is not None
+        gain, shift = (self._now(params, p) for p in (self.norm.weight, self.norm.bias))
+        scale = (var + self.norm.eps).rsqrt() if gain is None else gain * (var + self.norm.eps).rsqrt()
+        return scale, (0 if bias is None else bias) * scale - mean * scale + (0 if shift is None else shift)
+
+    def weights(self, params: Params, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Return ``s W`` and the shift."""
+        weight, (scale, shift) = self.kernel(params), self.affine(params)
+        weight = weight if scale is None else weight * scale[:, None, None, None]
+        return channels_last(weight.to(dtype)), None if shift is None else shift.to(dtype)
 
     def run(self, weights: Any, *args: Any, **kwargs: Any) -> Any:
+        """Convolve, with all that follows."""
         weight, bias = weights
-        x, other = args[0], args[1] if self.adds else None
-        conv = self.conv
-        where = (conv.padding, conv.stride, conv.dilation, conv.groups)
-        if x.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
-            if other is None:
-                kind = "relu" if self.relu else "none"
-                return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *where, kind, [], "")
-            kind_after = "relu" if self.relu else None
-            binary = torch.ops.mkldnn._convolution_pointwise.binary
-            return binary(x, other, weight, bias, *where, "add", 1.0, kind_after, [], None)
-        y = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-        y = y if other is None else y.add_(other)
-        return y.relu_() if self.relu else y
+        return convolve(args[0], weight, bias, self.conv, relu=self.relu, other=args[1] if self.adds else None)
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    like: nn.Conv2d | None = None,
+    *,
+    relu: bool = False,
+    other: Tensor | None = None,
+) -> Tensor:
+    """Convolve with the strides and so on of `like`, or with none; add `other`; rectify: in one pass if possible."""
+    padding, stride, dilation, groups = where = _where(like)
+    y: Tensor
+    if x.device.type == "cpu" and _pointwise(x.dtype):
+        if other is None:
+            kind = "relu" if relu else "none"
+            y = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *where, kind, [], "")
+        else:
+            binary, kind_after = torch.ops.mkldnn._convolution_pointwise.binary, "relu" if relu else None
+            y = binary(x, other, weight, bias, *where, "add", 1.0, kind_after, [], None)
+        return y
+    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    y = y if other is None else y.add_(other)
+    return y.relu_() if relu else y
+
+
+def _where(like: nn.Conv2d | None) -> tuple[Any, Any, Any, int]:
+    if like is None:
+        return (0, 0), (1, 1), (1, 1), 1
+    return like.padding, like.stride, like.dilation, like.groups
+
+
+@functools.cache
+def _pointwise(dtype: torch.dtype) -> bool:
+    """Say whether this machine has convolutions that do what follows them in the same pass."""
+    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+        return False
+    return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @dataclass(eq=False)
@@ -230,7 +267,7 @@ def _convolution(
     assert isinstance(conv, nn.Conv2d)
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or len(node.args) != 1:
         return _whole(node, conv, names), {node}
-    step = Convolution(node, node.args, {}, False, conv)
+    step = Convolution(node, node.args, {}, False, conv, node)
     follower = _only_user(node)
     if follower is not None and _calls(modules, follower, nn.BatchNorm2d):
         norm = modules[str(follower.target)]

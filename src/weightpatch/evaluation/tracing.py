@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, final
 
 import torch
 from torch import Tensor, fx, nn
 
 from .._calling import Inputs, Params, length, outputs, rows
-from .steps import Step, Whole, fused_steps, plain_steps
+from .products import Shortcut
+from .steps import Convolution, Step, Whole, fused_steps, plain_steps
 
 __all__ = ["Recorded", "Suffix", "Trace"]
 
 _WORKING_SET = 8 << 20  # bytes of the largest activation of one pass: what caches hold
+
+Prepared = list[tuple[Step, Any]]
 
 
 @final
@@ -62,18 +65,23 @@ class Trace:
 
 @final
 class Recorded:
-    """The values at the split for a whole test set: one tensor (n, ...) for each cut, channels last.
+    """What a whole test set makes of some nodes of a trace: one tensor (n, ...) for each, channels last.
 
     Args:
-        cuts: the tensors.
-        strides: of one item as the model makes it, so that a pass of a batch can be repeated bit for bit.
+        values: of the nodes.
+        strides: of one item at the split as the model makes it, so that a pass of a batch can be repeated bit for bit.
     """
 
-    def __init__(self, cuts: tuple[Tensor, ...], strides: tuple[tuple[int, ...], ...]) -> None:
-        self.cuts, self._strides = cuts, strides
+    def __init__(self, values: dict[fx.Node, Tensor], strides: dict[fx.Node, tuple[int, ...]]) -> None:
+        self.values, self._strides = values, strides
 
     def __len__(self) -> int:
-        return len(self.cuts[0])
+        return len(next(iter(self.values.values())))
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes."""
+        return sum(value.nbytes for value in self.values.values())
 
     @staticmethod
     def of(trace: Trace, inputs: Inputs, batch_size: int) -> Recorded:
@@ -85,97 +93,128 @@ class Recorded:
             cut = first if start == 0 else trace.record(rows(inputs, slice(start, start + batch_size)))
             for room, value in zip(whole, cut, strict=True):
                 room[start : start + len(value)] = value
-        return Recorded(whole, tuple(value.stride() for value in first))
+        strides = (value.stride() for value in first)
+        return Recorded(dict(zip(trace.cuts, whole, strict=True)), dict(zip(trace.cuts, strides, strict=True)))
+
+    def add(self, node: fx.Node, make: Callable[[slice], Tensor], size: int) -> None:
+        """Record another node, which `make` makes of `size` items at once."""
+        room = _room(make(slice(0, 1)), len(self))
+        for start in range(0, len(self), size):
+            room[start : start + size] = make(slice(start, start + size))
+        self.values[node] = room
 
     def to(self, dtype: torch.dtype) -> Recorded:
-        """Return a copy with the floating-point cuts in another dtype."""
-        return Recorded(tuple(v.to(dtype) if v.is_floating_point() else v for v in self.cuts), self._strides)
+        """Return a copy of the values at the split, with the floating-point ones in another dtype."""
+        cuts = {node: self.values[node] for node in self._strides}
+        return Recorded({k: v.to(dtype) if v.is_floating_point() else v for k, v in cuts.items()}, self._strides)
 
-    def take(self, index: slice | Tensor) -> tuple[Tensor, ...]:
+    def take(self, index: slice | Tensor) -> dict[fx.Node, Tensor]:
         """Return some items; indexed ones keep channels last."""
         if isinstance(index, slice):
-            return tuple(value[index] for value in self.cuts)
-        return tuple(_gather(value, index) for value in self.cuts)
+            return {node: value[index] for node, value in self.values.items()}
+        return {node: _gather(value, index) for node, value in self.values.items()}
 
-    def original(self, index: slice) -> tuple[Tensor, ...]:
-        """Return some items as the model itself makes them, copied."""
-        pairs = zip(self.take(index), self._strides, strict=True)
-        return tuple(
-            torch.empty_strided(v.shape, strides, dtype=v.dtype, device=v.device).copy_(v) for v, strides in pairs
-        )
+    def original(self, index: slice) -> dict[fx.Node, Tensor]:
+        """Return some items at the split as the model itself makes them, copied."""
+        cuts = ((node, self.values[node][index], strides) for node, strides in self._strides.items())
+        return {
+            node: torch.empty_strided(v.shape, strides, dtype=v.dtype, device=v.device).copy_(v)
+            for node, v, strides in cuts
+        }
 
 
 @final
 class Suffix:
-    """The part of a traced model that an edit can change, in one dtype.
+    """The part of a traced model that an edit can change, in one dtype, on recorded values.
 
     Args:
         trace: of the model.
+        recorded: the values at the split in this dtype, of which a few are run once, to see what the pass needs.
         dtype: of weights and activations; a linear layer that makes the logits is always in float32, since rounding
             them is most of what a narrower dtype would change.
-        recorded: the values at the split in this dtype, of which a few are run once, to see what the pass needs.
+        room: bytes of products that may be recorded too, once an edit is found that is faster with them.
         plain: run what the model does, bit for bit, on values as it makes them; faster steps, to rounding, otherwise.
     """
 
-    def __init__(self, trace: Trace, dtype: torch.dtype, recorded: Recorded, *, plain: bool = False) -> None:
-        self.trace, self.dtype = trace, dtype
+    def __init__(
+        self, trace: Trace, recorded: Recorded, dtype: torch.dtype, *, room: int = 0, plain: bool = False
+    ) -> None:
+        self.trace, self.dtype, self._recorded = trace, dtype, recorded
         self._steps = trace.plain if plain else trace.fused
         self._head = _head(self._steps, trace.result) if dtype == torch.bfloat16 else None
         self._fixed = {step: self._weights(step, {}) for step in self._steps if not step.edited}
         self._last = _last_uses(self._steps, trace.result)
-        self._dirty, self._chunk = self._tried(recorded)
+        self._shortcuts: dict[Step, Shortcut] = {}
+        self._dirty, self._chunk = self._tried()
+        if not self._dirty:
+            self._shortcuts = dict(self._affordable(room))
 
-    def _tried(self, recorded: Recorded) -> tuple[bool, int]:
+    def _tried(self) -> tuple[bool, int]:
         """Run four items: does the pass change what is recorded, and how many items fit the caches at once?"""
-        cut = tuple(value.clone() for value in recorded.take(slice(0, 4)))
-        versions, largest = [value._version for value in cut], 1
-        values: dict[fx.Node, Any] = dict(zip(self.trace.cuts, cut, strict=True))
-        weights = self.prepare({})
-        for step in self._steps:
+        cut = {node: value.clone() for node, value in self._recorded.take(slice(0, 4)).items()}
+        versions, largest = [value._version for value in cut.values()], 1
+        values: dict[fx.Node, Any] = dict(cut)
+        for step, weights in self.prepare({}):
             self._advance(step, weights, values)
             if isinstance(value := values[step.node], Tensor):
-                largest = max(largest, value.nbytes // len(cut[0]))
-        dirty = any(value._version != version for value, version in zip(cut, versions, strict=True))
+                largest = max(largest, value.nbytes // min(4, len(self._recorded)))
+        dirty = any(value._version != version for value, version in zip(cut.values(), versions, strict=True))
         return dirty, max(32, min(2000, _WORKING_SET // largest))
 
-    def prepare(self, params: Params) -> dict[Step, Any]:
-        """Return the weights of every step for these edited parameters."""
-        return {**self._fixed, **{step: self._weights(step, params) for step in self._steps if step.edited}}
+    def _affordable(self, room: int) -> Iterator[tuple[Step, Shortcut]]:
+        for step in self._steps:
+            x = self._recorded.values.get(step.args[0]) if step.args else None
+            if x is None or x.device.type != "cpu" or not isinstance(step, Convolution) or not step.edited:
+                continue
+            if step.conv.groups == 1 and (shortcut := Shortcut(step, x, self._chunk)).nbytes <= room:
+                room -= shortcut.nbytes
+                yield step, shortcut
+
+    def prepare(self, params: Params) -> Prepared:
+        """Return the steps to run for these edited parameters, with their weights."""
+        return [(s, self._fixed[s]) if s in self._fixed else self._edited(s, params) for s in self._steps]
+
+    def _edited(self, step: Step, params: Params) -> tuple[Step, Any]:
+        shortcut = self._shortcuts.get(step)
+        weights = None if shortcut is None else shortcut.weights(params)
+        if shortcut is None or weights is None:
+            return step, self._weights(step, params)
+        if (product := shortcut.step.args[0]) not in self._recorded.values:
+            self._recorded.add(product, shortcut.product, self._chunk)
+        return shortcut.step, weights
 
     def _weights(self, step: Step, params: Params) -> Any:
         return step.weights(params, torch.float32 if step is self._head else self.dtype)
 
-    def _advance(self, step: Step, weights: dict[Step, Any], values: dict[fx.Node, Any]) -> None:
+    def _advance(self, step: Step, weights: Any, values: dict[fx.Node, Any]) -> None:
         if step is self._head:
             for node in _nodes(step):
                 values[node] = values[node].float()
-        _advance(step, weights[step], values)
+        _advance(step, weights, values)
 
-    def run(self, weights: dict[Step, Any], cut: tuple[Tensor, ...]) -> Tensor:
+    def run(self, prepared: Prepared, cut: dict[fx.Node, Tensor]) -> Tensor:
         """Return the logits of one batch in float32, shape (n, classes)."""
-        values: dict[fx.Node, Any] = dict(
-            zip(self.trace.cuts, (v.clone() for v in cut) if self._dirty else cut, strict=True)
-        )
-        for step in self._steps:
+        values: dict[fx.Node, Any] = {node: v.clone() if self._dirty else v for node, v in cut.items()}
+        for step, weights in prepared:
             self._advance(step, weights, values)
-            for node in self._last.get(step, ()):
+            for node in self._last.get(step.node, ()):
                 del values[node]
         found = values[self.trace.result]
         return outputs(lambda: found, ())
 
-    def first(self, weights: dict[Step, Any], recorded: Recorded) -> Tensor:
+    def first(self, prepared: Prepared) -> Tensor:
         """Return the logits of as many items as are run at once."""
-        return self.run(weights, recorded.take(slice(0, self._chunk)))
+        return self.run(prepared, self._recorded.take(slice(0, self._chunk)))
 
-    def over(self, weights: dict[Step, Any], recorded: Recorded) -> Tensor:
+    def over(self, prepared: Prepared) -> Tensor:
         """Return the logits of all items, shape (n, classes), float32."""
-        n, size = len(recorded), self._chunk
-        return torch.cat([self.run(weights, recorded.take(slice(a, a + size))) for a in range(0, n, size)])
+        n, size = len(self._recorded), self._chunk
+        return torch.cat([self.run(prepared, self._recorded.take(slice(a, a + size))) for a in range(0, n, size)])
 
-    def some(self, weights: dict[Step, Any], recorded: Recorded, index: Tensor) -> Tensor:
+    def some(self, prepared: Prepared, index: Tensor) -> Tensor:
         """Return the logits of the items in `index`, shape (len(index), classes), float32."""
         parts: tuple[Tensor, ...] = torch.split(index, self._chunk)
-        return torch.cat([self.run(weights, recorded.take(part)) for part in parts])
+        return torch.cat([self.run(prepared, self._recorded.take(part)) for part in parts])
 
 
 def _advance(step: Step, weights: Any, values: dict[fx.Node, Any]) -> None:
@@ -212,15 +251,16 @@ def _head(steps: list[Step], result: fx.Node) -> Step | None:
     return last if last.node is result and isinstance(last, Whole) and type(last.module) is nn.Linear else None
 
 
-def _last_uses(steps: list[Step], result: fx.Node) -> dict[Step, list[fx.Node]]:
-    last: dict[fx.Node, Step] = {}
+def _last_uses(steps: list[Step], result: fx.Node) -> dict[fx.Node, list[fx.Node]]:
+    """Return the values that are not needed any more when a node is done."""
+    last: dict[fx.Node, fx.Node] = {}
     for step in steps:
         for node in (step.node, *_nodes(step)):
-            last[node] = step
+            last[node] = step.node
     last.pop(result, None)
-    found: dict[Step, list[fx.Node]] = {}
-    for node, step in last.items():
-        found.setdefault(step, []).append(node)
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node, user in last.items():
+        found.setdefault(user, []).append(node)
     return found
 
 
