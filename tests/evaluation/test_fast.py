@@ -512,3 +512,15 @@ def test_factors_are_found_where_there_are_few_and_only_there(seed: int, rank: i
     if 1e-4 < scale < 1e2:
         assert (found is not None) == (rank <= 8)
         assert found is None or found[1].shape == (rank, 90)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_give_the_answers_of_the_model_itself(value: float) -> None:
+    model, inputs = parts()
+    fast, slow, network = compared(model, ("conv2.*", "fc.*"), inputs)
+    params = network.rounded(network.start)
+    params["conv2.weight"][3] = value
+    ours, theirs = fast.predict(params), slow.predict(params)
+    assert torch.equal(ours.classes, theirs.classes)
+    assert math.isnan(ours.drift) == math.isnan(theirs.drift)
+    assert bool((theirs.classes == -1).any())
