@@ -1,4 +1,4 @@
-"""The table of editors on Fashion-MNIST: each on the whole model and on each block (layer1 to layer3, and the head fc).
+"""The table of editors on Fashion-MNIST: each on the whole model and on each block (stem, layer1 to layer3, head fc).
 
 1000 random-label edits of test images a row.
 
@@ -45,6 +45,7 @@ RESULTS = HERE / "results" / "fashion.json"
 TABLE = HERE / "results" / "fashion.md"
 SCOPES = {
     "whole model": ("*",),
+    "stem": ("conv1.*", "bn1.*"),
     "layer1": ("layer1.*",),
     "layer2": ("layer2.*",),
     "layer3": ("layer3.*",),
@@ -58,7 +59,7 @@ GRIDS: dict[IterativeEditor, tuple[float, ...]] = {
     Momentum(): (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     Adam(): (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
 }
-ORDER = ("fc", "layer3", "layer2", "layer1", "whole model")
+ORDER = ("fc", "layer3", "layer2", "layer1", "stem", "whole model")
 EDITS, VALIDATION_EDITS, HELD_OUT, KEPT, TIMED = 1000, 40, 5000, 256, 50
 
 
