@@ -195,8 +195,8 @@ def table(rows: list[dict], machine: str) -> str:
         "# Editors on Fashion-MNIST\n",
         f"{EDITS} random-label edits of test images, k = 10 steps, margin 0, one at a time, each measured on all "
         "10,000 test images; learning rates were chosen on held-out training images. `ladder` is the default editor "
-        "with 256 training images kept, up to 100 steps a rung. Made by `python benchmarks/fashion_table.py` on "
-        f"{machine}; milliseconds, of the edit alone, by `--time`: the median of {TIMED} edits, one thread. Drawdown "
+        "with 256 training images kept, up to 100 steps a rung. Made by `python benchmarks/fashion_table.py`; "
+        f"milliseconds, of the edit alone, by `--time` on {machine}: the median of {TIMED} edits, one thread. Drawdown "
         "is in percentage points.\n",
         "| editor | edited | lr | " + " | ".join(columns) + " |",
         "|---|---|---|" + "---:|" * len(columns),
