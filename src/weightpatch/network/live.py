@@ -63,6 +63,10 @@ class LiveNetwork:
         self._replayer.renew(self._model)
         return dict(self._model.named_parameters())
 
+    def idle(self, inputs: Inputs) -> bool:
+        """Say whether it is known already that nothing is recorded of such a batch."""
+        return self._replayer.idle(arguments(inputs))
+
     def record(self, params: Params, inputs: Inputs) -> tuple[Any, Recording]:
         """Return the answer of a full pass and what it recorded, differentiable in `params` where gradients are on.
 
@@ -82,7 +86,8 @@ class LiveNetwork:
             return self._replayer.replay(self._cast(params), recording, (args, kwargs))
 
     def _cast(self, params: Params) -> Params:
-        return {name: value.to(self._kinds[name][0]) for name, value in params.items()}
+        kinds = self._kinds
+        return {n: v if v.dtype is kinds[n][0] else v.to(kinds[n][0]) for n, v in params.items()}
 
 
 def arguments(inputs: Inputs) -> Call:

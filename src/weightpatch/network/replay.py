@@ -110,7 +110,7 @@ class Replayer:
             tensors, rest, known = flatten_call(*inputs)
             if self.full_passes_because or not known:
                 return self.full(params, *inputs), Recording()
-            key = (*rest, *((tensor.dtype, tensor.ndim) for tensor in tensors))
+            key = _kind(tensors, rest)
             for plan in reversed(self._plans.get(key, [])):
                 if not plan.sequence:
                     return self.full(params, *inputs), Recording()
@@ -119,6 +119,12 @@ class Replayer:
                 except Diverged:
                     continue
             return self._learn(key, params, inputs)
+
+    def idle(self, inputs: Call) -> bool:
+        """Say whether it is known already that `record` would record nothing of such a batch."""
+        tensors, rest, known = flatten_call(*inputs)
+        plans = self._plans.get(_kind(tensors, rest), [])
+        return bool(self.full_passes_because) or not known or bool(plans and not plans[-1].sequence)
 
     def replay(self, params: Params, recording: Recording, inputs: Call) -> Any:
         """Return the model's answer on a recorded batch, by a full pass where it cannot be replayed."""
@@ -315,14 +321,13 @@ class Replayer:
 
     def renew(self, model: nn.Module) -> None:
         """Take over the weights, for probes, and the buffers of the model that the clone was made of."""
-        theirs = dict(model.named_modules(remove_duplicate=False))
+        theirs, weights = dict(model.named_modules(remove_duplicate=False)), dict(model.named_parameters())
         copies: dict[int, Tensor] = {}
         with torch.no_grad():
             for name, module in self._model.named_modules(remove_duplicate=False):
                 for key, buffer in theirs[name]._buffers.items():
                     if buffer is not None:
                         module._buffers[key] = copies.setdefault(id(buffer), buffer.detach().clone())
-            weights = dict(model.named_parameters())
             for name, parameter in self._model.named_parameters():
                 if name not in self._own:
                     parameter.data = weights[name].detach()
@@ -369,6 +374,11 @@ class Replayer:
         self._plans.clear()
         self._recordings = Recordings()
         self._unwrap()
+
+
+def _kind(tensors: Sequence[Tensor], rest: list[Any]) -> tuple[Any, ...]:
+    """Name what one plan may serve."""
+    return (*rest, *((tensor.dtype, tensor.ndim) for tensor in tensors))
 
 
 def _sites(model: nn.Module, names: dict[int, str]) -> Iterator[tuple[Any, Any, str]]:

@@ -158,7 +158,7 @@ class EditableObjective(nn.Module):
             self._look()
         live = self._network.refresh()
         merged = batch is not None and batch[0] is keep.inputs and self._eval_is_train(batch[0])
-        kept = self._recorder.whole(live, keep.inputs)
+        kept = self._recorder.whole(live, keep.inputs, answer=merged)
         cases = cases_of(self._recorder, live, episodes, keep, kept, share=self.share_locality)
         trial = Trial(self._network, live, self.weights, self.editor, self.rates, self._unrolling)
         loss, base = trial.loss(cases), None

@@ -198,6 +198,7 @@ class _Sums:
 
     def __init__(self, sources: Sequence[Tensor]) -> None:
         self._sources = sources
+        self._own: set[int] = set()  # places whose sum is a tensor of ours: autograd may hand out one for two leaves
         self._places = {id(source): place for place, source in enumerate(sources)}
         self._found: list[Tensor | None] = [None] * len(sources)
         self._stands: dict[int, tuple[Tensor, int, slice]] = {}
@@ -228,16 +229,23 @@ class _Sums:
                 continue
             _, place, index = self._stands[id(leaf)]
             total = self._found[place]
+            if total is None and index == slice(None):
+                self._found[place] = grad
+                continue
             if total is None:
                 total = torch.zeros(self._sources[place].shape, dtype=grad.dtype, device=grad.device)
-                self._found[place] = total
+            elif place not in self._own:
+                total = total.clone()
+            self._found[place] = total
+            self._own.add(place)
             part = total[index] if total.ndim else total
             part.add_(grad)
 
     def scaled(self, factor: float) -> list[Tensor | None]:
         """Return the sums, multiplied, in the sources' dtypes."""
         pairs = zip(self._found, self._sources, strict=True)
-        return [None if found is None else (found * factor).to(source.dtype) for found, source in pairs]
+        some = [(None if f is None else f if factor == 1 else f * factor, source) for f, source in pairs]
+        return [None if found is None else found.to(source.dtype) for found, source in some]
 
 
 @final

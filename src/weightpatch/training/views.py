@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -98,13 +99,16 @@ class Recorder:
         self._network = network
         self._separable: dict[Any, bool] = {}
 
-    def whole(self, live: Params, inputs: Inputs) -> Batch:
-        """Record one batch."""
-        output, recording = self._network.record(live, inputs)
+    def whole(self, live: Params, inputs: Inputs, *, answer: bool = True) -> Batch:
+        """Record one batch; `answer` says whether the answer, too, is to be differentiable."""
+        idle = not answer and self._network.idle(inputs)
+        with torch.no_grad() if idle else nullcontext():
+            output, recording = self._network.record(live, inputs)
         return Batch(inputs, recording, output)
 
     def parts(self, live: Params, batches: Sequence[Inputs]) -> list[Part]:
         """Record several batches; none where the network records nothing."""
+        batches = [batch for batch in batches if not self._network.idle(batch)]
         together = joined(batches) if len(batches) > 1 else None
         if together is not None and self._separable.get(_kind(together), True):
             whole = self.whole(live, together)
