@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,11 +13,11 @@ import torch.nn.functional as F
 import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive_training import edit_terms
+from naive_training import edit_terms, violation
 from torch import Tensor, nn
 
 import weightpatch as wp
-from weightpatch.constraints import Classified
+from weightpatch.constraints import Classified, Constraint
 from weightpatch.editors import Adam, GradientDescent, IterativeEditor, Momentum, RMSProp, RProp, ScaledGradientDescent
 from weightpatch.errors import InvalidInput, NotEditable
 from weightpatch.training import EditableObjective, Episode
@@ -271,6 +272,64 @@ def test_the_first_order_option_is_the_identity_approximation():
     loss = fix.violation(lambda x: run(model, after, (x,))).relu().mean()
     loss = loss + wp.Locality(keep).drift(model, lambda x: run(model, after, (x,)))
     close(found, list(torch.autograd.grad(loss, list(after.values()))), 1e-3)  # the patch was rounded
+
+
+class Repeated(nn.Module):
+    """Applies a layer once or twice, as a constant says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, twice: bool) -> Tensor:
+        x = torch.tanh(self.layer(x))
+        return torch.tanh(self.layer(x)) if twice else x
+
+
+class Switched(nn.Module):
+    """Hands a constant of the call on to what comes before the edited layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Repeated(), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, twice: bool = False) -> Tensor:
+        return self.second(self.first(x, twice))
+
+
+class Both(Constraint):
+    """Asks about the same tensor with and without the constant."""
+
+    def __init__(self, inputs: Tensor, labels: Tensor) -> None:
+        self.inputs, self.labels = inputs, labels
+
+    def violation(self, function: Callable[..., Tensor]) -> Tensor:
+        return torch.cat([violation(function(self.inputs, **more), self.labels) + 9 for more in ({}, {"twice": True})])
+
+
+def test_the_same_tensor_with_other_constants_is_another_call():
+    torch.manual_seed(0)
+    model = Switched().double()
+    fix, keep = Both(torch.randn(2, 4).double(), torch.tensor([1, 2])), wp.Locality(torch.randn(6, 4).double())
+    found = []
+    for replay in (True, False):
+        objective = EditableObjective(model, GradientDescent(lr=0.1, max_steps=2), parameters="second.*", replay=replay)
+        loss = objective(fix, keep)
+        found.append([loss.detach(), *gradients(loss, model)])
+        assert bool(objective._network.full_passes_because) != replay
+    close(*found)
+
+
+def test_rates_can_be_learned_for_a_frozen_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).requires_grad_(False)
+    fix, keep = Classified(torch.randn(1, 4), torch.tensor([1]), margin=9.0), wp.Locality(torch.randn(6, 4))
+    found = []
+    for graph_bytes in (256e6, 0.0):
+        objective = EditableObjective(model, GradientDescent(max_steps=2), learn=("lr",), graph_bytes=graph_bytes)
+        found.append(list(torch.autograd.grad(objective(fix, keep), list(objective.rates.parameters()))))
+    close(*found, tolerance=1e-4)
+    assert not any(p.requires_grad for p in model.parameters())
 
 
 class Distances(nn.Module):

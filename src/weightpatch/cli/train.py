@@ -204,9 +204,12 @@ def _facts(found: Trained) -> dict[str, Any]:
 def _write(folder: Path, model: nn.Module, facts: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
+    from ..training.checkpoints import write_whole
+
     state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
-    save_file(state, folder / "model.safetensors")
-    (folder / "result.json").write_text(plain_json.dumps(facts, indent=1, allow_nan=False) + "\n")
+    write_whole(folder / "model.safetensors", lambda path: save_file(state, path))
+    told = plain_json.dumps(facts, indent=1, allow_nan=False)
+    write_whole(folder / "result.json", lambda path: path.write_text(f"{told}\n"))
 
 
 def _show(out: Any, folder: Path, facts: dict[str, Any], seconds: float) -> None:

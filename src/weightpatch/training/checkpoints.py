@@ -111,13 +111,17 @@ def described(value: Any) -> str:
     return getattr(value, "__qualname__", type(value).__qualname__) if " at 0x" in text else text
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write one file aside, synchronise it and rename it, so that it is whole or not there."""
     partial = path.with_name(f".partial-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(partial)
-    _synchronise(partial)
-    os.replace(partial, path)
+    try:
+        write(partial)
+        _synchronise(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     _synchronise(path.parent)
 
 

@@ -67,16 +67,15 @@ class RandomLabels(Sampler):
         return _episodes(rows(self.inputs, chosen), labels, self.altered, self.margin, generator)
 
 
-@final
 @dataclass(frozen=True, eq=False)
-class Mistakes(Sampler):
-    """The network's own mistakes are to get their true labels.
+class Labelled(Sampler):
+    """A sampler that compares the network's answers with true labels.
 
     Args:
         inputs: a batch of n items.
         labels: their true labels, shape (n,), integers.
         altered: makes m altered copies of one item, for the generality term: (inputs, generator) to (m, ...).
-        margin: by how much the true label must win, in logits.
+        margin: by how much the class of an edit must win, in logits.
         candidates: how many random items the network is asked about at a time.
     """
 
@@ -87,7 +86,19 @@ class Mistakes(Sampler):
     candidates: int = 256
 
     def __post_init__(self) -> None:
-        _check_labelled(self.inputs, self.labels, self.candidates, "Mistakes")
+        n, who = check_batch(self.inputs, type(self).__name__), type(self).__name__
+        if self.labels.shape != (n,):
+            raise InvalidInput(
+                f"{who} was given {n} inputs and labels of shape {tuple(self.labels.shape)}; expected ({n},)"
+            )
+        if self.candidates < 1:
+            raise InvalidInput(f"{who} was given candidates={self.candidates}; expected at least 1")
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Mistakes(Labelled):
+    """The network's own mistakes are to get their true labels."""
 
     def draw(self, count: int, function: Function, generator: Generator) -> list[Episode]:
         """Ask about batches of items, in a random order, until there are enough mistakes or no more items."""
@@ -109,28 +120,12 @@ class Mistakes(Sampler):
 
 @final
 @dataclass(frozen=True, eq=False)
-class RankMatched(Sampler):
+class RankMatched(Labelled):
     """A random item is to get the class at rank r of its prediction, r being that of true labels where it is wrong.
 
     Labels are then as plausible as those of real corrections. Source: Sinitsin et al., ICLR 2020, their ImageNet
     experiments. The ranks are those of mistakes on a random batch of candidates; where it has none, r is 2.
-
-    Args:
-        inputs: a batch of n items.
-        labels: their true labels, shape (n,), integers.
-        altered: makes m altered copies of one item, for the generality term: (inputs, generator) to (m, ...).
-        margin: by how much the class must win, in logits.
-        candidates: on how many random items the ranks are measured.
     """
-
-    inputs: Inputs
-    labels: Tensor
-    altered: Alter | None = None
-    margin: float = 0.0
-    candidates: int = 256
-
-    def __post_init__(self) -> None:
-        _check_labelled(self.inputs, self.labels, self.candidates, "RankMatched")
 
     def draw(self, count: int, function: Function, generator: Generator) -> list[Episode]:
         """Measure the ranks on candidates, and ask the first of them for classes of such ranks."""
@@ -195,14 +190,6 @@ class Mixed(Sampler):
         )
         pairs = zip(self.parts, shares.tolist(), strict=True)
         return [episode for part, share in pairs if share for episode in part.draw(share, function, generator)]
-
-
-def _check_labelled(inputs: Inputs, labels: Tensor, candidates: int, who: str) -> None:
-    n = check_batch(inputs, who)
-    if labels.shape != (n,):
-        raise InvalidInput(f"{who} was given {n} inputs and labels of shape {tuple(labels.shape)}; expected ({n},)")
-    if candidates < 1:
-        raise InvalidInput(f"{who} was given candidates={candidates}; expected at least 1")
 
 
 def _episodes(

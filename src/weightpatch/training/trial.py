@@ -156,7 +156,8 @@ class Trial:
             unrolling = self._choose(editor, problem, leaves)
             found = unrolling.gradient(editor, problem, lambda params: self._outer(case, view.at(params)), leaves)
         except RuntimeError as error:
-            raise _explained(error) from error
+            _refuse_once_differentiable(error)
+            raise
         sums.add(leaves, found.grads)
         self.grades[-1] = self.grades[-1]._replace(steps=found.steps)
         return found.loss
@@ -272,14 +273,14 @@ def _master(value: Tensor) -> Tensor:
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
-def _explained(error: RuntimeError) -> Exception:
-    """Name an operation that cannot be differentiated twice, and the way out."""
+def _refuse_once_differentiable(error: RuntimeError) -> None:
+    """Name an operation that cannot be differentiated twice, and the way out; let other errors pass."""
     text = str(error)
-    if not re.search(r"derivative for .* is not implemented|does not currently support double backward", text):
-        return error
     found = re.search(r"derivative for '?([\w:]+?)'? is not implemented", text)
-    return NotEditable(
+    if found is None and "does not currently support double backward" not in text:
+        return
+    raise NotEditable(
         f"{found.group(1) if found else 'an operation of the model'} has no second derivative, which Editable Training "
         f"needs between the edited parameters and the output ({text.splitlines()[0]}); replace it by an operation that "
         "has one, choose parameters behind it, or pass first_order=True"
-    )
+    ) from error

@@ -66,7 +66,7 @@ class Unrolled(Unrolling):
 
     def gradient(self, editor: IterativeEditor, problem: Problem, outer: Outer, leaves: Sequence[Tensor]) -> Outcome:
         """Run the editor once and its graph backwards."""
-        params = {name: value.view_as(value) for name, value in problem.start.items()}
+        params = {n: v.view_as(v) if v.requires_grad else _leaf(v) for n, v in problem.start.items()}
         state, steps = editor.init(params), 0
         for _ in range(editor.max_steps):
             grads = direction(editor, problem, params, create_graph=self.create_graph)

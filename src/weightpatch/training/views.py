@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .._calling import Function, Inputs, Params, call, leaves, length, rows
 from ..network import LiveNetwork, Recording, twice_differentiable
-from ..network.tree import equal
+from ..network.live import arguments
+from ..network.tree import equal, flatten_call
 
 __all__ = ["Batch", "Part", "Recorder", "View"]
 
@@ -64,18 +65,18 @@ class View:
 
     def __init__(self, network: LiveNetwork, fixed: Params) -> None:
         self._network, self._fixed = network, fixed
-        self._known: dict[tuple[int, ...], Recording] = {}
+        self._known: dict[tuple[Any, ...], Recording] = {}
 
     def show(self, inputs: Inputs, recording: Recording) -> None:
         """Replay this recording where these inputs are asked for."""
         if recording.plan is not None:
-            self._known[_key(inputs)] = recording
+            self._known[_key(*arguments(inputs))] = recording
 
     def at(self, params: Params) -> Function:
         """Return the network with these edited parameters, as a function of inputs."""
 
         def function(*args: Any, **kwargs: Any) -> Any:
-            recording = self._known.get(_key(kwargs or args))
+            recording = self._known.get(_key(args, kwargs))
             return self._network.run({**self._fixed, **params}, recording, args, kwargs)
 
         return function
@@ -165,8 +166,10 @@ def _all_items(batch: Inputs, tensors: list[Tensor]) -> bool:
     return len(tensors) == count > 0 and all(leaf.ndim and len(leaf) == length(batch) for leaf in tensors)
 
 
-def _key(inputs: Inputs) -> tuple[int, ...]:
-    return tuple(id(leaf) for leaf in leaves(inputs))
+def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Identify a call by its very tensors and by its constants."""
+    tensors, constants, _ = flatten_call(args, kwargs)
+    return (*map(id, tensors), *constants)
 
 
 def _kind(inputs: Inputs) -> tuple[Any, ...]:
