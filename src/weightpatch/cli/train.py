@@ -37,21 +37,25 @@ def train(
     """
     import torch
 
-    from ..training import EditableObjective, Items, Ramp, TrainSettings
+    from ..evaluation import predict
+    from ..training import EditableObjective, Items, Ramp, TrainSettings, add_block
     from ..training import train as run
     from ..training.config import read_config
 
     told = read_config(config)
+    torch.manual_seed(told.seed)  # of the weights of an untrained model and of a new block
     folder = Path("runs") / config.stem if folder is None else folder
     model = load_model(told.model, None if told.weights is None else Path(told.weights))
     data, held = _split(told)
     began, out = time.monotonic(), console(json)
     options: dict[str, Any] = {"base_loss": _to_outputs} if told.distil else {}
-    targets = _answers(model, data.images) if told.distil else data.labels
+    targets = predict(model, data.images) if told.distil else data.labels
+    original = predict(model, held.images)
+    block = None if told.block is None else add_block(model, told.block.before, told.block.hidden)
     objective = EditableObjective(
         model,
         told.editor,
-        parameters=told.parameters,
+        parameters=told.parameters or block or "*",
         c_edit=told.c_edit,
         c_loc=told.c_loc,
         c_gen=told.c_gen,
@@ -81,7 +85,7 @@ def train(
         folder=folder,
         optimiser=lambda objective: _optimiser(told, objective),
         schedule=None if told.optimiser == "adam" else lambda made: _one_cycle(made, settings.steps),
-        validation=_validation(told, held),
+        validation=_validation(told, held, original),
         progress=not json,
     )
     facts = _facts(found)
@@ -118,7 +122,7 @@ def _sampler(told: TrainConfig, data: LabelledImages) -> Sampler:
     return kind(data.images, data.labels, altered, told.margin)
 
 
-def _validation(told: TrainConfig, held: LabelledImages) -> Validation:
+def _validation(told: TrainConfig, held: LabelledImages, original: Tensor) -> Validation:
     from .. import Locality
     from ..tasks import images
     from ..training import Validation
@@ -131,14 +135,20 @@ def _validation(told: TrainConfig, held: LabelledImages) -> Validation:
         Locality(held.images[:256]) if told.editor.keep_weight else None,
         images.altered if told.altered else None,
         told.seed,
+        original,
     )
 
 
 def _optimiser(told: TrainConfig, objective: EditableObjective) -> torch.optim.Optimizer:
-    """Give what is learned of the editor a learning rate of its own, and no weight decay."""
+    """Give the block, and what is learned of the editor, learning rates of their own; the latter no weight decay."""
     import torch
 
-    groups: list[dict[str, Any]] = [{"params": list(objective.model.parameters())}]
+    new = "" if told.block is None else f"{told.block.before}.block."
+    named = list(objective.model.named_parameters())
+    groups: list[dict[str, Any]] = [{"params": [p for name, p in named if not (new and name.startswith(new))]}]
+    if told.block is not None:
+        rate = told.lr if told.block.lr is None else told.block.lr
+        groups.append({"params": [p for name, p in named if name.startswith(new)], "lr": rate})
     if objective.rates is not None:
         groups.append({"params": list(objective.rates.parameters()), "lr": told.learn_lr, "weight_decay": 0.0})
     if told.optimiser == "adam":
@@ -175,13 +185,6 @@ def _altered(inputs: Any, generator: Generator) -> Any:
     return images.altered(inputs)
 
 
-def _answers(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Return the logits of the starting weights, so that no second model is needed."""
-    from ..evaluation import predict
-
-    return predict(model, inputs)
-
-
 def _to_outputs(answer: Tensor, target: Tensor) -> Tensor:
     from ..locality import divergence
 
@@ -215,7 +218,7 @@ def _write(folder: Path, model: nn.Module, facts: dict[str, Any]) -> None:
 def _show(out: Any, folder: Path, facts: dict[str, Any], seconds: float) -> None:
     from rich.table import Table
 
-    units = {"base_error": " %", "drawdown": " pp", "drift": " nats"}
+    units = {"base_error": " %", "drawdown": " pp", "drift": " nats", "base_drift": " nats"}
     table = Table(title=f"the best weights on the validation split, of {facts['steps']} steps")
     for heading in ("", "value"):
         table.add_column(heading, justify="right" if heading else "left")

@@ -1,5 +1,6 @@
 """Editable Training: train a network so that its mistakes can be patched in a few steps, without side effects."""
 
+from .blocks import ResidualBlock, add_block
 from .curriculum import Ramp
 from .episodes import Episode
 from .items import Items, TrainingData
@@ -23,11 +24,13 @@ __all__ = [
     "Ramp",
     "RandomLabels",
     "RankMatched",
+    "ResidualBlock",
     "Sampler",
     "Terms",
     "TrainSettings",
     "Trained",
     "TrainingData",
     "Validation",
+    "add_block",
     "train",
 ]

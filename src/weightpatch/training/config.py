@@ -14,13 +14,28 @@ from .. import editors
 from ..editors import IterativeEditor
 from ..errors import InvalidInput
 
-__all__ = ["Curriculum", "TrainConfig", "read_config"]
+__all__ = ["Block", "Curriculum", "TrainConfig", "read_config"]
 
 _CHOICES = {
     "sampler": ("random", "mistakes", "rank-matched"),
     "optimiser": ("sgd", "adam"),
     "precision": ("float32", "bfloat16", "float16"),
 }
+
+
+@dataclass(frozen=True)
+class Block:
+    """The table `[block]`: an extra residual block before a linear layer, see `add_block`; by itself what edits move.
+
+    Attributes:
+        before: the name of the layer, such as fc.
+        hidden: the width of the block's inner layer.
+        lr: the block's own learning rate; that of the rest when not given.
+    """
+
+    before: str
+    hidden: int = 4096
+    lr: float | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +60,7 @@ class TrainConfig:
         size: scale the pictures of a folder to this many pixels a side.
         augment: shift images by up to 2 pixels and mirror half of them.
         held_out: how many items, from the end of the data, are the validation split.
-        parameters: which parameters edits may move, as globs of their names.
+        parameters: which parameters edits may move, as globs of their names; by default those of the block, else all.
         c_edit: the weight of L_edit.
         c_loc: the weight of L_loc.
         c_gen: the weight of the generality term; needs `altered`.
@@ -67,6 +82,7 @@ class TrainConfig:
         weight_decay: of the model's weights.
         precision: float32, bfloat16 or float16.
         seed: of all randomness.
+        block: a table with `before`, `hidden` and `lr`: an extra residual block; none when not given.
         curriculum: a table with `start` and `steps`; none when not given.
         validation_edits: how many edits each validation tries.
         validate_every: steps.
@@ -83,7 +99,7 @@ class TrainConfig:
     size: int | None = None
     augment: bool = True
     held_out: int = 5000
-    parameters: tuple[str, ...] = ("*",)
+    parameters: tuple[str, ...] | None = None
     c_edit: float = 0.1
     c_loc: float = 0.1
     c_gen: float = 0.0
@@ -105,6 +121,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     precision: str = "float32"
     seed: int = 0
+    block: Block | None = None
     curriculum: Curriculum | None = None
     validation_edits: int = 20
     validate_every: int = 500
@@ -158,8 +175,9 @@ def _value(value: Any, kind: Any, name: str) -> Any:
         kind = next(part for part in get_args(kind) if part is not NoneType)
     if kind is IterativeEditor:
         return _editor(_expect(value, dict, "a table with a name", name))
-    if kind is Curriculum:
-        return _made(Curriculum, _expect(value, dict, "a table with start and steps", name), f"{name}.")
+    if kind in (Block, Curriculum):
+        told = ", ".join(field.name for field in fields(kind))
+        return _made(kind, _expect(value, dict, f"a table with {told}", name), f"{name}.")
     if get_origin(kind) is tuple:
         part = get_args(kind)[0]
         return tuple(_value(item, part, name) for item in (value if isinstance(value, list) else [value]))

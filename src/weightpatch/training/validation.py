@@ -10,10 +10,10 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from .._calling import Inputs, check_batch
+from .._calling import Function, Inputs, check_batch
 from ..editors import Editor
 from ..errors import InvalidInput
-from ..evaluation import evaluate
+from ..evaluation import Comparison, evaluate, predict
 from ..locality import Locality
 from .items import derived
 from .samplers import Sampler
@@ -34,6 +34,9 @@ class Figures:
         drift: the mean KL(before || after) on the validation items, nats.
         steps: the mean number of updates an edit takes.
         generality: the share of altered copies answered as demanded; None where there are none.
+        agreement: before any edit, the share of items answered as the original network does, from 0 to 1; None where
+            `Validation.reference` is not given.
+        base_drift: before any edit, the mean KL(original || now), nats; None like `agreement`.
     """
 
     step: int
@@ -43,6 +46,8 @@ class Figures:
     drift: float
     steps: float
     generality: float | None = None
+    agreement: float | None = None
+    base_drift: float | None = None
 
 
 @final
@@ -58,6 +63,8 @@ class Validation:
         keep: what should stay, for editors that have a `keep_weight`.
         altered: makes altered copies, for `Figures.generality`, as `weightpatch.evaluate` takes it.
         seed: of the draw.
+        reference: the original network's logits on these inputs, (n, classes), as `weightpatch.evaluation.predict`
+            makes them: then the drift of the network itself, before any edit, is measured too.
     """
 
     inputs: Inputs
@@ -67,6 +74,7 @@ class Validation:
     keep: Locality | None = None
     altered: Callable[[Any], Any] | None = None
     seed: int = 0
+    reference: Tensor | None = None
 
     def __post_init__(self) -> None:
         n = check_batch(self.inputs, "Validation")
@@ -75,6 +83,9 @@ class Validation:
                 f"Validation was given {n} inputs, labels of shape {tuple(self.labels.shape)} and edits={self.edits}; "
                 f"expected labels of shape ({n},) and at least 1 edit"
             )
+        if self.reference is not None and (self.reference.ndim != 2 or len(self.reference) != n):
+            given = tuple(self.reference.shape)
+            raise InvalidInput(f"Validation was given a reference of shape {given}; expected logits ({n}, classes)")
 
     def measure(self, model: nn.Module, editor: Editor, names: Sequence[str], step: int = 0) -> Figures:
         """Try every edit on its own.
@@ -87,6 +98,7 @@ class Validation:
         """
         with answering(model) as function:
             drawn = self.sampler.draw(self.edits, function, derived(self.seed, "validation"))
+            since = (None, None) if self.reference is None else self._base_drift(function, self.reference)
         report = evaluate(
             model,
             [episode.constraint for episode in drawn],
@@ -101,7 +113,12 @@ class Validation:
         means = [float("nan") if part is None else part.value for part in (found.drawdown, found.drift)]
         generality = None if found.generality is None else found.generality.value
         success, steps = found.success.value, found.steps.value
-        return Figures(step, 100 * report.base_error, success, means[0], means[1], steps, generality)
+        return Figures(step, 100 * report.base_error, success, means[0], means[1], steps, generality, *since)
+
+    def _base_drift(self, function: Function, reference: Tensor) -> tuple[float, float]:
+        """Return the agreement and the KL of the network with the original, before any edit."""
+        now = Comparison(reference.cpu(), predict(function, self.inputs), self.labels.cpu().long())
+        return 1 - len(now.flipped) / now.n, now.kl
 
 
 @final
@@ -128,7 +145,7 @@ def _cost(figures: Figures) -> float:
 
 
 @contextmanager
-def answering(model: nn.Module) -> Iterator[Callable[..., Any]]:
+def answering(model: nn.Module) -> Iterator[Function]:
     """Yield the network as samplers ask it: in evaluation mode and without gradients; its modes are put back."""
     modes = [(module, module.training) for module in model.modules()]
     try:
