@@ -13,7 +13,7 @@ from weightpatch.cli import main
 from weightpatch.editors import RMSProp
 from weightpatch.errors import InvalidInput
 from weightpatch.tasks import images
-from weightpatch.training import add_block
+from weightpatch.training import SparseBlock, add_block
 from weightpatch.training.config import Curriculum, read_config
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "fashion-editable.toml"
@@ -81,15 +81,15 @@ def test_a_block_is_added_edited_and_measured_against_the_original(capsys: pytes
     pytest.importorskip("accelerate")
     text = (
         GOOD.replace('parameters = "layer3.*"\n', "")
-        + 'distil = true\n[block]\nbefore = "fc"\nhidden = 24\nlr = 1e-3\n'
+        + 'distil = true\n[block]\nbefore = "fc"\nhidden = 24\nkind = "sparse"\nlr = 1e-3\n'
     )
     code, facts = run(text + EDITOR, "--folder", "out", capsys=capsys)
     assert code == 0
-    assert facts["editor"].startswith("RMSProp(lr={'fc.block.inner.weight': 0.00")
+    assert facts["editor"].startswith("RMSProp(lr={'fc.block.outer.weight': 0.00")
     assert 0 < facts["validation"]["base_drift"] < 1
     assert 0.9 < facts["validation"]["agreement"] <= 1
     model, after = images.fashion_classifier(), load_file("out/model.safetensors")
-    add_block(model, "fc", 24)
+    add_block(model, "fc", 24, kind=SparseBlock)
     model.load_state_dict(after)
     assert float(after["fc.block.outer.weight"].abs().max()) > 5e-4  # lr 1e-3: four steps of Adam
     assert code == run(text + EDITOR, "--folder", "again", capsys=capsys)[0]

@@ -12,7 +12,7 @@ from weightpatch.editors import GradientDescent
 from weightpatch.errors import InvalidInput, ShapeMismatch
 from weightpatch.evaluation import predict
 from weightpatch.tasks import images
-from weightpatch.training import RandomLabels, ResidualBlock, Validation, add_block
+from weightpatch.training import RandomLabels, ResidualBlock, SparseBlock, Validation, add_block
 
 
 class Nested(nn.Module):
@@ -105,3 +105,77 @@ def test_base_drift_is_agreement_and_kl_with_the_original():
     assert (plain.agreement, plain.base_drift) == (None, None)
     with pytest.raises((InvalidInput, ShapeMismatch), match="expected logits"):
         Validation(test.images, test.labels, sampler, reference=original[:3])
+
+
+def _features(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    copy = images.fashion_classifier()
+    copy.load_state_dict(model.state_dict())
+    copy.fc = nn.Identity()
+    return copy(x)
+
+
+def test_a_sparse_block_is_fitted_to_whitened_features():
+    torch.manual_seed(0)
+    model, x = images.fashion_classifier(), images.fashion_test().images[:600]
+    features, before = _features(model, x).detach(), model(x)
+    model.layer1.train()
+    assert add_block(model, "fc", 512, kind=SparseBlock, reference=x) == "fc.block.outer.weight"
+    assert [module.training for module in (model, model.layer1, model.layer2)] == [False, True, False]
+    model.eval()
+    assert torch.equal(model(x), before)
+    answers = model.fc.block.inner(features).detach()
+    assert answers.mean(0).sub(-1).abs().max() < 0.02  # each unit is centred, and 1 standard deviation is subtracted
+    assert float(answers.std(0).mean()) == pytest.approx(1, abs=0.1)
+    assert 0.1 < float((answers > 0).float().mean()) < 0.2
+
+
+def test_a_gradient_step_moves_others_by_the_cosine_of_their_codes():
+    block, x = SparseBlock(4, 32), torch.randn(3, 4)
+    block.fit(torch.randn(200, 4))
+    s = torch.relu(x @ block.inner.weight.T + block.inner.bias)
+    code = s / s.norm(dim=1, keepdim=True)
+    assert torch.equal(block(x), x)
+    block(x)[0, 2].backward()
+    with torch.no_grad():
+        block.outer.weight -= block.outer.weight.grad
+    moved = (block(x) - x)[:, 2]
+    assert torch.allclose(moved, -(code @ code[0]), atol=1e-6)
+
+
+def test_an_item_without_a_code_has_finite_gradients_of_both_orders():
+    block = SparseBlock(3, 5)
+    with torch.no_grad():
+        block.inner.bias.fill_(-100.0)
+    x = torch.ones(2, 3, requires_grad=True)
+    weight = block.outer.weight.detach().requires_grad_()
+    params = {**dict(block.named_parameters()), "outer.weight": weight}
+    (first,) = torch.autograd.grad(
+        torch.func.functional_call(block, params, x).square().sum(), weight, create_graph=True
+    )
+    (second,) = torch.autograd.grad(first.sum() + (weight * first).sum(), x, allow_unused=True)
+    assert bool(first.isfinite().all())
+    assert second is None or bool(second.isfinite().all())
+
+
+def test_edits_of_a_sparse_block_are_local():
+    torch.manual_seed(0)
+    test = images.fashion_test()
+    x, y = test.images[:1000], test.labels[:1000]
+    editor = GradientDescent(lr=0.5, max_steps=10)
+    drifts = {}
+    for kind, options in ((ResidualBlock, {}), (SparseBlock, {"reference": test.images[1000:3000]})):
+        model = images.fashion_classifier()
+        parameters = add_block(model, "fc", 512, kind=kind, **options)
+        validation = Validation(x, y, RandomLabels(x, 10), edits=10)
+        found = validation.measure(model, editor, (parameters,) if kind is SparseBlock else ("fc.block.outer.weight",))
+        drifts[kind] = found.drift
+        assert found.success == 1
+    assert drifts[SparseBlock] < drifts[ResidualBlock] / 10
+
+
+def test_a_reference_is_for_a_sparse_block_and_must_vary():
+    model, x = images.fashion_classifier(), torch.zeros(20, 1, 28, 28)
+    for kind, said in ((ResidualBlock, "only a SparseBlock is fitted"), (SparseBlock, "do not vary")):
+        with pytest.raises(InvalidInput, match=said):
+            add_block(model, "fc", 8, kind=kind, reference=x)
+    assert isinstance(model.fc, nn.Linear)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ..tasks.images import LabelledImages
     from ..training import EditableObjective, Sampler, Trained, Validation
-    from ..training.config import TrainConfig
+    from ..training.config import Block, TrainConfig
 
 
 def train(
@@ -38,7 +38,7 @@ def train(
     import torch
 
     from ..evaluation import predict
-    from ..training import EditableObjective, Items, Ramp, TrainSettings, add_block
+    from ..training import EditableObjective, Items, Ramp, TrainSettings
     from ..training import train as run
     from ..training.config import read_config
 
@@ -51,7 +51,7 @@ def train(
     options: dict[str, Any] = {"base_loss": _to_outputs} if told.distil else {}
     targets = predict(model, data.images) if told.distil else data.labels
     original = predict(model, held.images)
-    block = None if told.block is None else add_block(model, told.block.before, told.block.hidden)
+    block = None if told.block is None else _add_block(told.block, model, data)
     objective = EditableObjective(
         model,
         told.editor,
@@ -110,6 +110,14 @@ def _split(told: TrainConfig) -> tuple[LabelledImages, LabelledImages]:
             f"held_out is {told.held_out} and batch_size {told.batch_size}, of {len(data)} items; expected less in all"
         )
     return data[: -told.held_out], data[-told.held_out :]
+
+
+def _add_block(told: Block, model: nn.Module, data: LabelledImages) -> str:
+    from ..training import ResidualBlock, SparseBlock, add_block
+
+    if told.kind == "elu":
+        return add_block(model, told.before, told.hidden, kind=ResidualBlock)
+    return add_block(model, told.before, told.hidden, kind=SparseBlock, reference=data.images[:5000])
 
 
 def _sampler(told: TrainConfig, data: LabelledImages) -> Sampler:

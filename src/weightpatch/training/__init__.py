@@ -1,6 +1,6 @@
 """Editable Training: train a network so that its mistakes can be patched in a few steps, without side effects."""
 
-from .blocks import ResidualBlock, add_block
+from .blocks import ResidualBlock, SparseBlock, add_block
 from .curriculum import Ramp
 from .episodes import Episode
 from .items import Items, TrainingData
@@ -26,6 +26,7 @@ __all__ = [
     "RankMatched",
     "ResidualBlock",
     "Sampler",
+    "SparseBlock",
     "Terms",
     "TrainSettings",
     "Trained",

@@ -30,12 +30,18 @@ class Block:
     Attributes:
         before: the name of the layer, such as fc.
         hidden: the width of the block's inner layer.
+        kind: elu, the block of the paper, or sparse, fitted to the first 5,000 training images.
         lr: the block's own learning rate; that of the rest when not given.
     """
 
     before: str
     hidden: int = 4096
+    kind: str = "elu"
     lr: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("elu", "sparse"):
+            raise InvalidInput(f"block.kind is {self.kind!r}; expected elu or sparse")
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ class TrainConfig:
         weight_decay: of the model's weights.
         precision: float32, bfloat16 or float16.
         seed: of all randomness.
-        block: a table with `before`, `hidden` and `lr`: an extra residual block; none when not given.
+        block: a table with `before`, `hidden`, `kind` and `lr`: an extra residual block; none when not given.
         curriculum: a table with `start` and `steps`; none when not given.
         validation_edits: how many edits each validation tries.
         validate_every: steps.
