@@ -240,4 +240,5 @@ def test_the_demo_does_the_whole_journey(capsys, tmp_path: Path):
     page = Path(facts["report"]).read_text()
     assert "<html" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
-    assert set(facts["evaluations"]) == {"real mistakes", "random labels"}
+    kinds = ("real mistakes", "random labels")
+    assert set(facts["evaluations"]) == {f"{kind}, {name}" for kind in kinds for name in ("plain", "editable")}

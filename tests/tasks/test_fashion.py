@@ -7,12 +7,19 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from weightpatch.constraints import Classified
+from weightpatch.editors import GradientDescent
 from weightpatch.errors import InvalidInput
+from weightpatch.evaluation import compare, evaluate
 from weightpatch.tasks.images import (
+    EDITED,
     LabelledImages,
     _fashion,
+    altered,
     download_fashion_mnist,
     fashion_classifier,
+    fashion_editable,
+    fashion_editor,
     fashion_mnist,
     fashion_test,
 )
@@ -53,6 +60,29 @@ def test_classifier_is_as_good_as_recorded(test_images: LabelledImages) -> None:
         right = torch.cat([model(images).argmax(1) for images in test_images.images.split(500)]) == test_images.labels
     # kernels differ between machines in the last bits: a near tie may go either way
     assert right.float().mean() == pytest.approx(record["accuracy_test"], abs=5e-4)
+
+
+def test_the_editable_classifier_agrees_with_the_plain_one_and_edits_of_it_are_local_and_general(
+    test_images: LabelledImages,
+) -> None:
+    plain, model, x, y = fashion_classifier(), fashion_editable(), test_images.images[:2000], test_images.labels[:2000]
+    now = compare(plain, model, (x, y))
+    assert now.drawdown.value < 1.0
+    assert len(now.flipped) < 60
+    edits = [Classified(x[i : i + 1], (y[i : i + 1] + 1 + i % 9) % 10) for i in range(12)]
+    found = {}
+    for kind, network, editor, parameters in (
+        ("plain", plain, GradientDescent(lr=1e-3), "layer3.*"),
+        ("editable", model, fashion_editor(), EDITED),
+    ):
+        report = evaluate(
+            network, edits, editor, test=(x, y), parameters=parameters, altered=altered, progress=False
+        ).summary
+        found[kind] = report
+    assert found["editable"].success.value == 1
+    assert found["editable"].steps.value < 2
+    assert found["editable"].drawdown_absolute.value < found["plain"].drawdown_absolute.value / 3
+    assert found["editable"].generality.value > found["plain"].generality.value
 
 
 def test_each_call_builds_its_own_classifier() -> None:

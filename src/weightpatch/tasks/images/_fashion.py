@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Literal
 
 from safetensors.torch import load
+from torch import nn
 
+from weightpatch.editors import GradientDescent
 from weightpatch.errors import InvalidInput
 from weightpatch.tasks.images._idx import find_idx, idx
 from weightpatch.tasks.images._labelled import LabelledImages
 from weightpatch.tasks.images.models import FashionResNet
+from weightpatch.training import SparseBlock, add_block
 
 CLASSES = (
     "T-shirt/top",
@@ -30,6 +33,7 @@ CLASSES = (
     "Ankle boot",
 )
 MEAN, STD = 0.2860, 0.3530
+EDITED, LEARNED_RATE = "fc.block.outer.weight", 1.4760
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 _SHIPPED = files("weightpatch.tasks.images") / "shipped"
 
@@ -87,6 +91,22 @@ def fashion_classifier() -> FashionResNet:
     model = FashionResNet()
     model.load_state_dict(load((_SHIPPED / "fashion-resnet.safetensors").read_bytes()))
     return model.eval()
+
+
+def fashion_editable() -> nn.Module:
+    """The same classifier after Editable Training (examples/fashion-editable.toml), in evaluation mode.
+
+    Edits move `EDITED`, one matrix of a `SparseBlock`, by `fashion_editor`.
+    """
+    model = FashionResNet()
+    add_block(model, "fc", hidden=1024, kind=SparseBlock)
+    model.load_state_dict(load((_SHIPPED / "fashion-editable.safetensors").read_bytes()))
+    return model.eval()
+
+
+def fashion_editor() -> GradientDescent:
+    """The editor through which `fashion_editable` was trained, with the rate that it learned."""
+    return GradientDescent(lr=LEARNED_RATE)
 
 
 def download_fashion_mnist(folder: str | Path, origins: Sequence[str] = _ORIGINS) -> Path:
