@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import re
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -180,6 +181,36 @@ def table(rows: list[dict[str, Any]], machine: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def readme_table(rows: list[dict[str, Any]]) -> str:
+    """Return the README's rows: the seeds of the editable network averaged, with their standard deviation."""
+    groups = {name: [row for row in rows if row["name"] == name] for name in ("plain", "plain + sparse block")}
+    seeds = [row for row in rows if row["name"].startswith("editable")]
+    groups[f"editable, {len(seeds)} seeds"] = seeds
+    wanted: dict[str, tuple[Callable[[dict], float], str]] = {
+        "base error": (lambda row: _number(row["random"]["figures"]["base error"]), "{:.2f} %"),
+        "success": (lambda row: _number(row["random"]["figures"]["success"]), "{:.1f} %"),
+        "steps": (lambda row: _number(row["random"]["figures"]["steps"]), "{:.2f}"),
+        "absolute drawdown": (lambda row: row["random"]["drawdown_absolute"], "{:.3f}"),
+        "generality": (lambda row: _number(row["random"]["figures"]["generality"]), "{:.1f} %"),
+        "125 in one edit": (lambda row: 100 * row["joint"]["125"]["success"], "{:.1f} %"),
+        "real mistakes: drawdown": (lambda row: row["mistakes"]["drawdown_absolute"], "{:.3f}"),
+        "generality ": (lambda row: _number(row["mistakes"]["figures"]["generality"]), "{:.1f} %"),
+    }
+    lines = ["| network | " + " | ".join(map(str.strip, wanted)) + " |", "|---|" + "---:|" * len(wanted)]
+    for name, some in groups.items():
+        cells = []
+        for value, form in wanted.values():
+            numbers = [value(row) for row in some]
+            spread = f" ±{statistics.stdev(numbers):.2g}" if len(numbers) > 1 and statistics.stdev(numbers) else ""
+            cells.append(form.format(statistics.mean(numbers)) + spread)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _number(text: str) -> float:
+    return float(text.split()[0])
+
+
 def collect(runs: Path) -> None:
     rows = [json.loads(path.read_text()) for path in runs.glob("*.json")]
     rows = sorted((row for row in rows if "sequential" in row), key=lambda row: (row["name"] != "plain", row["name"]))
@@ -193,11 +224,15 @@ def collect(runs: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--show", action="store_true", help="print the stored table")
+    parser.add_argument("--readme", action="store_true", help="print the README's table")
     parser.add_argument("--runs", type=Path, default=HERE / "runs" / "editable")
     parser.add_argument("--only", help="a part of the names of the networks to measure")
     arguments = parser.parse_args()
     if arguments.show:
         print(TABLE.read_text())
+        return
+    if arguments.readme:
+        print(readme_table(json.loads(RESULTS.read_text())["rows"]))
         return
     arguments.runs.mkdir(parents=True, exist_ok=True)
     train, test = images.fashion_mnist("train"), images.fashion_test()

@@ -1,4 +1,4 @@
-"""Put the stored table of editors into the README, between its markers; run it after benchmarks/fashion_table.py."""
+"""Put the stored tables into the README, between their markers; run it after the benchmarks that make them."""
 
 import re
 import subprocess
@@ -6,15 +6,14 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-READ = [sys.executable, str(ROOT / "benchmarks" / "fashion_table.py"), "--readme"]
+TABLES = {"table": "fashion_table.py", "editable": "editable_table.py"}
 
 if __name__ == "__main__":
-    table = subprocess.run(READ, check=True, capture_output=True, text=True).stdout.strip()
     readme = ROOT / "README.md"
-    text = re.sub(
-        r"<!-- table -->.*<!-- end -->",
-        lambda _: f"<!-- table -->\n{table}\n<!-- end -->",
-        readme.read_text(),
-        flags=re.S,
-    )
+    text = readme.read_text()
+    for marker, script in TABLES.items():
+        command = [sys.executable, str(ROOT / "benchmarks" / script), "--readme"]
+        table = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        block = f"<!-- {marker} -->\n{table}\n<!-- end {marker} -->"
+        text = re.sub(f"<!-- {marker} -->.*<!-- end {marker} -->", lambda _, block=block: block, text, flags=re.S)
     readme.write_text(text)
