@@ -155,10 +155,11 @@ def _measure(
     judged, reports = test[slice(0, SAMPLE)], {}
     for name, (model, editor, parameters) in networks.items():
         generator = torch.Generator().manual_seed(0)
-        wrong = (predict(model, test.images).argmax(1) != test.labels).nonzero().squeeze(1)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        wrong = (predict(model, judged.images).argmax(1) != judged.labels).nonzero().squeeze(1)
         asked = {
-            "random labels": chosen(test, None, edits, MARGIN, generator),
-            "real mistakes": chosen(test, wrong, edits, MARGIN, generator),
+            "random labels": chosen(judged, None, edits, MARGIN, generator),
+            "real mistakes": chosen(judged, wrong, edits, MARGIN, generator),
         }
         both = evaluate(
             model,
