@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from weightpatch.cli import main
-from weightpatch.editors import RMSProp
+from weightpatch.editors import GradientDescent, RMSProp
 from weightpatch.errors import InvalidInput
 from weightpatch.tasks import images
 from weightpatch.training import SparseBlock, add_block
-from weightpatch.training.config import Curriculum, read_config
+from weightpatch.training.config import Block, Curriculum, read_config
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "fashion-editable.toml"
 GOOD = """
@@ -120,9 +120,19 @@ def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]):
 
 def test_the_example_can_be_read():
     found = read_config(EXAMPLE)
-    assert found.editor == RMSProp(lr=1e-3, max_steps=10)
+    assert found.editor == GradientDescent(lr=0.5, max_steps=10)
+    assert found.block == Block(before="fc", hidden=1024, kind="sparse", lr=1e-3)
+    assert found.parameters is None
+
+
+def test_a_curriculum_and_a_block_are_read():
+    text = "\n[curriculum]\nstart = 2\nsteps = 300\n[block]\nbefore = 'fc'\n"
+    found = read_config(write(GOOD + EDITOR + text))
+    assert found.editor == RMSProp(lr=1e-3, max_steps=3)
     assert found.curriculum == Curriculum(start=2, steps=300)
-    assert found.parameters == ("layer3.*",)
+    assert found.block == Block(before="fc")
+    with pytest.raises(InvalidInput, match="block.kind is 'wide'; expected elu or sparse"):
+        read_config(write(GOOD + EDITOR + text + "kind = 'wide'\n"))
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,10 @@ def sweep(
     paths = [between(network, patch, t) for t in strengths]
     with network.isolated(), torch.no_grad():
         slacks = [-float(constraint.violation(network.at(params)).max()) for params in paths]
-    base, *moved = _logits(network, [network.start, *paths], test, batch_size)
+    moving = [params for params, t in zip(paths, strengths, strict=True) if t]
+    base, *moved = _logits(network, [network.start, *moving], test, batch_size)
+    if len(moving) < len(paths):
+        moved.insert(0, base)  # strength 0, which comes first
     labels = test[1].detach().cpu().long()
     comparisons = [Comparison(base, logits, labels) for logits in moved]
     found = zip(strengths, slacks, comparisons, strict=True)
