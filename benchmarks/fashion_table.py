@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import weightpatch as wp
 from weightpatch.constraints import Classified
@@ -36,7 +37,7 @@ from weightpatch.editors import (
     Shrink,
     ladder,
 )
-from weightpatch.evaluation import figures
+from weightpatch.evaluation import figures, predict
 from weightpatch.network import Network
 from weightpatch.tasks import images
 
@@ -90,10 +91,8 @@ def random_edits(data: images.LabelledImages, n: int, seed: int) -> list[Classif
     return [Classified(data.images[i : i + 1], y[None]) for i, y in zip(rows, labels, strict=True)]
 
 
-def all_mistakes(data: images.LabelledImages) -> list[Classified]:
-    model = images.fashion_classifier()
-    with torch.no_grad():
-        answers = torch.cat([model(data.images[i : i + 500]).argmax(1) for i in range(0, len(data), 500)])
+def all_mistakes(data: images.LabelledImages, model: nn.Module) -> list[Classified]:
+    answers = predict(model, data.images).argmax(1)
     rows = (answers != data.labels).nonzero().squeeze(1).tolist()
     return [Classified(data.images[i : i + 1], data.labels[i : i + 1]) for i in rows]
 
@@ -140,7 +139,7 @@ def run(rows: list[Row], train: images.LabelledImages, test: images.LabelledImag
         else:
             lr, validation = choose(row, held_out, runs)
             editor = replace(row.editor, lr=lr)
-        edits = all_mistakes(test) if row.mistakes else random_edits(test, EDITS, seed=0)
+        edits = all_mistakes(test, images.fashion_classifier()) if row.mistakes else random_edits(test, EDITS, seed=0)
         wrapped = Shrink(editor) if row.shrink else editor
         report = measure(row.scope, wrapped, test, edits, runs / f"test-{row.key}.jsonl", keep)
         facts = {"row": row.key, "name": row.name, "scope": row.scope, "lr": lr, "validation": validation}
@@ -175,10 +174,13 @@ def collect(runs: Path) -> None:
     order = {row.key: place for place, row in enumerate(plain_rows())}
     found = [json.loads(path.read_text()) for path in runs.glob("*.json")]
     found.sort(key=lambda facts: (order.get(facts["row"], len(order)), facts["row"]))
+    RESULTS.write_text(json.dumps({"machine": machine(), "rows": found}, indent=1) + "\n")
+    TABLE.write_text(table(found, machine()))
+
+
+def machine() -> str:
     named = (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    machine = f"{next(named, ': unknown').split(':')[1].strip()}, {os.cpu_count()} cores, torch {torch.__version__}"
-    RESULTS.write_text(json.dumps({"machine": machine, "rows": found}, indent=1) + "\n")
-    TABLE.write_text(table(found, machine))
+    return f"{next(named, ': unknown').split(':')[1].strip()}, {os.cpu_count()} cores, torch {torch.__version__}"
 
 
 def restore(runs: Path) -> None:
@@ -189,14 +191,14 @@ def restore(runs: Path) -> None:
                 path.write_text(json.dumps(facts))
 
 
-def table(rows: list[dict], machine: str) -> str:
+def table(rows: list[dict], where: str) -> str:
     columns = [column for column in rows[0]["figures"] if column != "KL"]
     lines = [
         "# Editors on Fashion-MNIST\n",
         f"{EDITS} random-label edits of test images, k = 10 steps, margin 0, one at a time, each measured on all "
         "10,000 test images; learning rates were chosen on held-out training images. `ladder` is the default editor "
         "with 256 training images kept, up to 100 steps a rung. Made by `python benchmarks/fashion_table.py`; "
-        f"milliseconds, of the edit alone, by `--time` on {machine}: the median of {TIMED} edits, one thread. Drawdown "
+        f"milliseconds, of the edit alone, by `--time` on {where}: the median of {TIMED} edits, one thread. Drawdown "
         "is in percentage points.\n",
         "| editor | edited | lr | " + " | ".join(columns) + " |",
         "|---|---|---|" + "---:|" * len(columns),
@@ -218,7 +220,7 @@ def retime(rows: list[Row], test: images.LabelledImages, train: images.LabelledI
         editor = Shrink(editor) if row.shrink else editor
         keep = wp.Locality(train.images[:KEPT]) if row.editor is None else None
         network, seconds = Network(model, SCOPES[row.scope]), []
-        for edit in (all_mistakes(test) if row.mistakes else random_edits(test, EDITS, seed=0))[:TIMED]:
+        for edit in (all_mistakes(test, model) if row.mistakes else random_edits(test, EDITS, seed=0))[:TIMED]:
             started = time.perf_counter()
             if solve(network, edit, editor, keep).steps:
                 seconds.append(time.perf_counter() - started)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .._calling import Inputs
 from ..errors import InvalidInput
 from ..evaluation import predict
+from .validation import answering
 
 __all__ = ["ResidualBlock", "SparseBlock", "add_block"]
 
@@ -71,7 +72,7 @@ class SparseBlock(nn.Module):
 
     @torch.no_grad()
     def fit(self, features: Tensor, threshold: float = 1.0, shrinkage: float = 0.01) -> None:
-        """Choose W₁ and b₁ for inputs like these.
+        """Choose W₁ and b₁ for inputs like these; the directions come from torch's global generator.
 
         Args:
             features: of reference items, (n, width).
@@ -152,14 +153,12 @@ def _features(model: nn.Module, head: nn.Linear, inputs: Inputs) -> Tensor:
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:
         seen.append(args[0].detach().flatten(0, -2))
 
-    modes = [(module, module.training) for module in model.modules()]
     handle = head.register_forward_pre_hook(note)
     try:
-        predict(model.eval(), inputs)
+        with answering(model) as function:
+            predict(function, inputs)
     finally:
         handle.remove()
-        for module, training in modes:
-            module.training = training
     if not seen:
         raise InvalidInput("the model does not call the layer before which the block is to be put")
     return torch.cat(seen)
