@@ -179,6 +179,9 @@ def test_doctor_says_what_can_be_edited(capsys):
     ("words", "says"),
     [
         (["doctor", "--model", "nothing"], "package.module:factory"),
+        (["doctor", "--model", "torch.nn:Linear(3)"], "package.module:factory"),
+        (["doctor", "--model", "torch.nn:Linear(in_features=print())"], "package.module:factory"),
+        (["doctor", "--model", "torch.nn:Linear(width=3)"], "could not be called"),
         (["doctor", "--model", "json:nothing"], "could not be imported"),
         (["doctor", "--model", "json:JSONDecoder"], "expected a torch.nn.Module"),
         (["doctor", "--model", MODEL, "--weights", "absent.pt"], "is not a file"),

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from weightpatch.cli import main
+from weightpatch.cli._model import load_model
 from weightpatch.editors import GradientDescent, RMSProp
 from weightpatch.errors import InvalidInput
 from weightpatch.tasks import images
@@ -110,12 +111,38 @@ def test_it_goes_on_where_it_stopped_and_refuses_another_run(capsys: pytest.Capt
     assert "settings.edits is 3, there 2" in facts["error"]
 
 
+def test_without_weights_of_the_edit_terms_it_is_plain_training(capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("accelerate")
+    text = GOOD.replace("fashion_classifier", "models:resnet18(width=4, channels=1)").replace(
+        "images:models", "images.models"
+    )
+    text = text.replace("layer3", "layer4").replace(
+        'learn = ["lr"]\n', "c_edit = 0\nc_loc = 0\nschedule = 'one-cycle'\n"
+    )
+    code, facts = run(text + EDITOR, "--folder", "out", capsys=capsys)
+    assert code == 0
+    lines = [json.loads(line) for line in Path("out/history.jsonl").read_text().splitlines()]
+    errors = {line["step"]: line["base_error"] for line in lines if "validation" in line}
+    assert facts["validation"]["step"] == min(errors, key=lambda step: errors[step])  # chosen by accuracy alone
+    steps = [line for line in lines if "validation" not in line]
+    assert steps
+    assert all("edit" not in line for line in steps)
+    assert load_file("out/model.safetensors")["fc.weight"].shape == (10, 32)
+
+
 def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("accelerate")
     assert main(["train", write(GOOD.replace("steps = 4", "epochs = 1") + EDITOR)]) == 0
     told = capsys.readouterr().out
     assert "of 6 steps" in told
     assert "base error" in told
+
+
+@pytest.mark.parametrize("name", ["plain", "scratch", "finetuned"])
+def test_the_configs_of_resnet18_can_be_read(name: str):
+    found = read_config(EXAMPLE.parent / "resnet18" / f"{name}.toml")
+    assert load_model(found.model, None).fc.out_features == 10
+    assert (found.c_edit > 0) == (name != "plain")
 
 
 def test_the_example_can_be_read():
@@ -148,6 +175,7 @@ def test_a_curriculum_and_a_block_are_read():
         (GOOD.replace("steps = 4", 'steps = "4"') + EDITOR, "steps is '4'; expected int"),
         (GOOD + "epochs = 2\n" + EDITOR, "either epochs or steps"),
         (GOOD + 'sampler = "own"\n' + EDITOR, "sampler is 'own'; expected one of random, mistakes, rank-matched"),
+        (GOOD + 'schedule = "cosine"\n' + EDITOR, "schedule is 'cosine'; expected one of constant, one-cycle"),
         (GOOD + "c_gen = 0.1\n" + EDITOR, "set altered = true"),
         (GOOD + "[curriculum]\nstart = 1\n" + EDITOR, "in curriculum: steps is missing"),
         (GOOD + "this is not TOML", "cannot be read as TOML"),

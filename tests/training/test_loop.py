@@ -19,6 +19,7 @@ from weightpatch.constraints import Classified
 from weightpatch.editors import RMSProp
 from weightpatch.errors import InvalidInput, MissingExtra, NonFinite
 from weightpatch.training import (
+    Accurate,
     EditableObjective,
     Figures,
     Frugal,
@@ -156,6 +157,7 @@ def test_frugal_wants_success_first_then_few_errors():
     assert Frugal()(history) == 1
     assert Frugal(slack=0.05)(history) == 3
     assert Frugal(slack=0.0)(history) == 2
+    assert Accurate()(history) == 0
     assert Frugal()([figures(1.0, 1.0, float("nan")), figures(1.0, 50.0, 0.0)]) == 1
 
 

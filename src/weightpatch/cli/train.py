@@ -38,7 +38,7 @@ def train(
     import torch
 
     from ..evaluation import predict
-    from ..training import EditableObjective, Items, Ramp, TrainSettings
+    from ..training import Accurate, EditableObjective, Items, Ramp, TrainSettings
     from ..training import train as run
     from ..training.config import read_config
 
@@ -84,8 +84,9 @@ def train(
         settings=settings,
         folder=folder,
         optimiser=lambda objective: _optimiser(told, objective),
-        schedule=None if told.optimiser == "adam" else lambda made: _one_cycle(made, settings.steps),
+        schedule=(lambda made: _one_cycle(made, settings.steps)) if _cycles(told) else None,
         validation=_validation(told, held, original),
+        criterion=None if any(objective.weights) else Accurate(),
         progress=not json,
     )
     facts = _facts(found)
@@ -164,6 +165,10 @@ def _optimiser(told: TrainConfig, objective: EditableObjective) -> torch.optim.O
     return torch.optim.SGD(
         groups, lr=told.lr, momentum=told.momentum, nesterov=told.momentum > 0, weight_decay=told.weight_decay
     )
+
+
+def _cycles(told: TrainConfig) -> bool:
+    return (told.schedule or ("one-cycle" if told.optimiser == "sgd" else "constant")) == "one-cycle"
 
 
 def _one_cycle(optimiser: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:

@@ -9,9 +9,10 @@ from .objective import EditableObjective, Terms
 from .rates import LearnedRates
 from .samplers import Listed, Mistakes, Mixed, RandomLabels, RankMatched, Sampler
 from .settings import TrainSettings
-from .validation import Figures, Frugal, Validation
+from .validation import Accurate, Figures, Frugal, Validation
 
 __all__ = [
+    "Accurate",
     "EditableObjective",
     "Episode",
     "Figures",

@@ -19,6 +19,7 @@ __all__ = ["Block", "Curriculum", "TrainConfig", "read_config"]
 _CHOICES = {
     "sampler": ("random", "mistakes", "rank-matched"),
     "optimiser": ("sgd", "adam"),
+    "schedule": (None, "constant", "one-cycle"),
     "precision": ("float32", "bfloat16", "float16"),
 }
 
@@ -82,8 +83,9 @@ class TrainConfig:
         batch_size: items a step.
         accumulate: backward passes a step.
         clip: the largest norm of the gradient.
-        optimiser: sgd (Nesterov, one cycle) or adam.
-        lr: its learning rate; of sgd the highest one.
+        optimiser: sgd (Nesterov) or adam.
+        lr: its learning rate; the highest one of a cycle.
+        schedule: constant or one-cycle; by default one-cycle of sgd, and constant of adam.
         momentum: of sgd.
         weight_decay: of the model's weights.
         precision: float32, bfloat16 or float16.
@@ -123,6 +125,7 @@ class TrainConfig:
     clip: float = 10.0
     optimiser: str = "adam"
     lr: float = 1e-3
+    schedule: str | None = None
     momentum: float = 0.9
     weight_decay: float = 0.0
     precision: str = "float32"
@@ -137,7 +140,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise InvalidInput(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
+                raise InvalidInput(
+                    f"{name} is {getattr(self, name)!r}; expected one of {', '.join(filter(None, choices))}"
+                )
         if (self.epochs is None) == (self.steps is None):
             raise InvalidInput("expected either epochs or steps, not both")
         for name in ("held_out", "batch_size", "accumulate", "epochs"):

@@ -89,7 +89,7 @@ class EditableObjective(nn.Module):
     Attributes:
         editor: may be replaced between steps, by one with another ``max_steps`` for a curriculum.
         names: the parameters that edits move.
-        terms: the `Terms` of the last forward pass; None before it.
+        terms: the `Terms` of the last forward pass; None before it, and where all weights are 0 and nothing is edited.
 
     Raises:
         InvalidInput: a weight is negative or not finite, or the editor cannot be differentiated.
@@ -156,6 +156,9 @@ class EditableObjective(nn.Module):
             keep = Locality(batch[0])
         if not self._network.fits():
             self._look()
+        if batch is not None and not any(self.weights):
+            self.terms = None
+            return self.base_loss(outputs(self.model, batch[0]), batch[1])
         live = self._network.refresh()
         merged = batch is not None and batch[0] is keep.inputs and self._eval_is_train(batch[0])
         kept = self._recorder.whole(live, keep.inputs, answer=merged)

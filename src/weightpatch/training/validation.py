@@ -18,7 +18,7 @@ from ..locality import Locality
 from .items import derived
 from .samplers import Sampler
 
-__all__ = ["Figures", "Frugal", "Validation"]
+__all__ = ["Accurate", "Figures", "Frugal", "Validation"]
 
 
 @final
@@ -119,6 +119,16 @@ class Validation:
         """Return the agreement and the KL of the network with the original, before any edit."""
         now = Comparison(reference.cpu(), predict(function, self.inputs), self.labels.cpu().long())
         return 1 - len(now.flipped) / now.n, now.kl
+
+
+@final
+@dataclass(frozen=True)
+class Accurate:
+    """The smallest base error: how plain training chooses."""
+
+    def __call__(self, history: Sequence[Figures]) -> int:
+        """Return the index of the best; the earliest of equals."""
+        return min(range(len(history)), key=lambda i: history[i].base_error)
 
 
 @final
