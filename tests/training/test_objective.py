@@ -189,6 +189,28 @@ def test_with_batch_statistics_the_base_pass_alone_touches_the_model():
     assert all(module.training for module in model.modules())
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["the batch is kept", "other inputs are kept"])
+def test_c_eval_adds_the_base_loss_in_evaluation_mode(own: bool):
+    case = next(case for case in DOUBLE if case.name == "resnet")
+    model, x = model_of(case), as_double(case.inputs(8))
+    y, episodes, keep = torch.arange(6) % 5, edits_of(case, model, 2), None if own else x[4:]
+    x = x[:6]
+    editor = GradientDescent(lr=0.05, max_steps=3)
+    objective = EditableObjective(model, editor, parameters="layer2.*", c_edit=0.4, c_loc=0.6, c_eval=0.7)
+    reference = case.model().double()
+    reference.load_state_dict(model.state_dict())
+    deployed = F.cross_entropy(reference.eval()(x), y)
+    extra = gradients(deployed, reference)
+    shown = x if own else keep
+    terms = edit_terms(reference.train(), objective.names, editor, episodes, shown, (0.4, 0.6, 0.0), share=True)
+    expected = F.cross_entropy(reference(x), y) + terms
+    loss = objective(episodes, keep=None if own else wp.Locality(keep), batch=(x, y))
+    assert loss.item() == pytest.approx((expected + 0.7 * deployed).item(), rel=1e-9)
+    assert all(map(torch.equal, model.buffers(), reference.buffers()))
+    theirs = [a + 0.7 * b for a, b in zip(gradients(expected, reference), extra, strict=True)]
+    close(gradients(loss, model), theirs)
+
+
 @pytest.mark.parametrize("case", DOUBLE, ids=lambda case: case.name)
 def test_where_modes_agree_one_pass_serves_base_and_locality(case: zoo.Case, monkeypatch: pytest.MonkeyPatch):
     model, x = model_of(case).eval(), as_double(case.inputs(6))

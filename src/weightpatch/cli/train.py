@@ -59,6 +59,7 @@ def train(
         c_edit=told.c_edit,
         c_loc=told.c_loc,
         c_gen=told.c_gen,
+        c_eval=told.c_eval,
         learn=told.learn,
         **options,
     )

@@ -71,6 +71,7 @@ class TrainConfig:
         c_edit: the weight of L_edit.
         c_loc: the weight of L_loc.
         c_gen: the weight of the generality term; needs `altered`.
+        c_eval: the weight of the base loss in evaluation mode, for training from scratch with batch normalisation.
         learn: fields of the editor that are learned, one value a tensor.
         learn_lr: the learning rate of what is learned.
         distil: the base loss is KL to the outputs of the starting weights instead of cross-entropy to the labels.
@@ -111,6 +112,7 @@ class TrainConfig:
     c_edit: float = 0.1
     c_loc: float = 0.1
     c_gen: float = 0.0
+    c_eval: float = 0.0
     learn: tuple[str, ...] = ()
     learn_lr: float = 0.01
     distil: bool = False

@@ -283,7 +283,7 @@ def _identity(
         "model": f"{type(objective.model).__name__} {shapes}",
         "parameters": objective.names,
         "editor": objective.editor,
-        "weights of the terms": objective.weights,
+        "weights of the terms": (objective.weights, objective.c_eval),
         "base_loss": objective.base_loss,
         "first_order": objective.first_order,
         "share_locality": objective.share_locality,

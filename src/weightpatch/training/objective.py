@@ -78,6 +78,9 @@ class EditableObjective(nn.Module):
         c_edit: the weight of L_edit.
         c_loc: the weight of L_loc.
         c_gen: the weight of the generality term: what an `Episode` asks in addition.
+        c_eval: the weight of L_base in evaluation mode, beside that in training mode, where the modes differ. The edit
+            terms are about the network in evaluation mode. From scratch, with batch normalisation, nothing else holds
+            it to the targets: it was seen to become one that is easily edited and knows nothing.
         base_loss: L_base of (outputs, targets).
         learn: fields of the editor, such as ``("lr", "beta")``, that are learned, one value a tensor: `LearnedRates`.
         first_order: take the editor's gradients for constants: cheaper, and not the true gradient.
@@ -110,6 +113,7 @@ class EditableObjective(nn.Module):
         c_edit: float = 0.1,
         c_loc: float = 0.1,
         c_gen: float = 0.0,
+        c_eval: float = 0.0,
         base_loss: Loss = F.cross_entropy,
         learn: Sequence[str] = (),
         first_order: bool = False,
@@ -118,9 +122,9 @@ class EditableObjective(nn.Module):
         replay: bool = True,
     ) -> None:
         super().__init__()
-        _check(editor, c_edit=c_edit, c_loc=c_loc, c_gen=c_gen)
+        _check(editor, c_edit=c_edit, c_loc=c_loc, c_gen=c_gen, c_eval=c_eval)
         self.model, self.editor, self.base_loss = model, editor, base_loss
-        self.weights = Weights(c_edit, c_loc, c_gen)
+        self.weights, self.c_eval = Weights(c_edit, c_loc, c_gen), c_eval
         self.first_order, self.share_locality, self.graph_bytes = first_order, share_locality, graph_bytes
         self.terms: Terms | None = None
         self._patterns, self._replay = parameters, replay
@@ -160,8 +164,9 @@ class EditableObjective(nn.Module):
             self.terms = None
             return self.base_loss(outputs(self.model, batch[0]), batch[1])
         live = self._network.refresh()
-        merged = batch is not None and batch[0] is keep.inputs and self._eval_is_train(batch[0])
-        kept = self._recorder.whole(live, keep.inputs, answer=merged)
+        own = batch is not None and batch[0] is keep.inputs
+        merged = batch is not None and own and self._eval_is_train(batch[0])
+        kept = self._recorder.whole(live, keep.inputs, answer=merged or (own and self.c_eval > 0))
         cases = cases_of(self._recorder, live, episodes, keep, kept, share=self.share_locality)
         trial = Trial(self._network, live, self.weights, self.editor, self.rates, self._unrolling)
         loss, base = trial.loss(cases), None
@@ -169,6 +174,9 @@ class EditableObjective(nn.Module):
             answer = outputs(lambda: kept.output, ()) if merged else outputs(self.model, batch[0])
             base = self.base_loss(answer, batch[1])
             loss = base + loss
+            if self.c_eval and not merged:
+                deployed = kept if own else self._recorder.whole(live, batch[0])
+                loss = loss + self.c_eval * self.base_loss(outputs(lambda: deployed.output, ()), batch[1])
         self.terms = Terms.of(base, trial.grades)
         return loss
 
