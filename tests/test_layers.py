@@ -13,6 +13,7 @@ LAYERS = (
     {"network", "patches"},
     {"problem"},
     {"editors"},
+    {"statistics"},
     {"editing"},
     {"evaluation"},
     {"training"},

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ._calling import Inputs, Params, describe
 from ._cost import Cost, measured
 from .constraints import Constraint, check_consistent
-from .editors import Editor, ladder
+from .editors import Certificate, Editor, ladder
 from .errors import EditFailed, InvalidInput, NonFinite, ShapeMismatch
 from .locality import Locality
 from .network import Network, check_finite
@@ -36,6 +36,14 @@ class Result(Enum):
         "some demand is not met and the editor changed no weight: its gradient is 0, or its step is smaller than the "
         "model's dtype resolves; try a larger learning rate, other parameters, or allow at least one step"
     )
+    infeasible = (
+        "the demands contradict each other: no values of these parameters meet them all; certificate.infeasible says "
+        "which, drop one of them or allow more parameters"
+    )
+    over_budget = (
+        "every demand is met, but predictions on what is kept drift more than max_drift; ask for less, allow other "
+        "parameters, or use an editor that is more local"
+    )
     nonfinite = "the edited weights or outputs are NaN or infinite; try a smaller learning rate"
 
 
@@ -52,6 +60,7 @@ class Solved:
         after: the largest violation on `params`.
         drift: KL(before || after) on the kept inputs, nats; None without them.
         constraint: the constraint with today's answers bound.
+        certificate: what an exact editor can say about its answer.
     """
 
     result: Result
@@ -61,6 +70,7 @@ class Solved:
     after: float
     drift: float | None
     constraint: Constraint
+    certificate: Certificate | None = None
 
 
 @final
@@ -77,6 +87,7 @@ class Edit:
         patch: what changed, or None where the outcome is not finite.
         constraint: what was asked, with today's answers bound.
         editor: what looked for it.
+        certificate: what an exact editor can say about its answer.
     """
 
     result: Result
@@ -87,6 +98,7 @@ class Edit:
     patch: Patch | None
     constraint: Constraint
     editor: Editor
+    certificate: Certificate | None = None
 
     def raise_for_result(self) -> Edit:
         """Return self when the constraint holds, else raise `EditFailed` with the advice."""
@@ -113,6 +125,7 @@ def edit(
     *,
     keep: Locality | None = None,
     parameters: str | Sequence[str] = "*",
+    max_drift: float | None = None,
 ) -> Edit:
     """Look for weights of `model` that meet `constraint`; the model itself is left bit for bit as it is.
 
@@ -125,6 +138,7 @@ def edit(
         editor: how; `editors.ladder` when not given, with a penalty on the drift where `keep` is given.
         keep: what should stay: measured as `drift`, and a penalty where the editor has a `keep_weight`.
         parameters: which parameters may move, as one or several glob patterns of their names.
+        max_drift: refuse an edit that drifts more than this on what is kept, in nats: its result is `over_budget`.
 
     Raises:
         InvalidInput: a value, shape, label or pattern cannot be used, or the model or its answers are not finite.
@@ -132,18 +146,35 @@ def edit(
     """
     editor = ladder(keep_weight=100.0 if keep is not None else 0.0) if editor is None else editor
     _check_arguments(model, constraint, editor, keep)
+    limit = _limit(max_drift, keep)
     check_finite(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with measured(device) as cost:
         network = Network(model, parameters)
-        solved = solve(network, constraint, editor, keep)
+        solved = solve(network, constraint, editor, keep, limit)
         patterns = [parameters] if isinstance(parameters, str) else parameters
         made = {"editor": repr(editor), "settings": {"parameters": ", ".join(patterns)}}
-        patch, solved = _patch(model, network, solved, keep, made)
-    return Edit(solved.result, solved.steps, solved.after, solved.drift, cost, patch, solved.constraint, editor)
+        patch, solved = _patch(model, network, solved, keep, limit, made)
+    return Edit(
+        solved.result,
+        solved.steps,
+        solved.after,
+        solved.drift,
+        cost,
+        patch,
+        solved.constraint,
+        editor,
+        solved.certificate,
+    )
 
 
-def solve(network: Network, constraint: Constraint, editor: Editor, keep: Locality | None = None) -> Solved:
+def solve(
+    network: Network,
+    constraint: Constraint,
+    editor: Editor,
+    keep: Locality | None = None,
+    max_drift: float = math.inf,
+) -> Solved:
     """Run `editor` on one constraint and check its answer; many edits of one model share one `network`."""
     with network.isolated():
         bound, before = _today(network, constraint)
@@ -156,12 +187,13 @@ def solve(network: Network, constraint: Constraint, editor: Editor, keep: Locali
             raise InvalidInput(
                 f"{editor!r} returned parameters {sorted(found.params)}; expected {sorted(network.start)}"
             )
-        return check(
-            network, Solved(Result.unsatisfied, found.params, found.steps, before, math.nan, None, bound), keep
+        unchecked = Solved(
+            Result.unsatisfied, found.params, found.steps, before, math.nan, None, bound, found.certificate
         )
+        return check(network, unchecked, keep, max_drift)
 
 
-def check(network: Network, solved: Solved, keep: Locality | None) -> Solved:
+def check(network: Network, solved: Solved, keep: Locality | None, max_drift: float = math.inf) -> Solved:
     """Grade parameters by a full pass, in the model's own dtype, on the bound constraint."""
     params = network.rounded(solved.params)
     with torch.no_grad():
@@ -171,7 +203,9 @@ def check(network: Network, solved: Solved, keep: Locality | None) -> Solved:
     if not finite:
         result = Result.nonfinite
     elif after <= 0:
-        result = Result.satisfied
+        result = Result.satisfied if drift is None or drift <= max_drift else Result.over_budget
+    elif solved.certificate is not None and solved.certificate.affine and solved.certificate.infeasible:
+        result = Result.infeasible
     elif all(torch.equal(p, q) for p, q in zip(params.values(), network.rounded(network.start).values(), strict=True)):
         result = Result.stalled
     else:
@@ -215,7 +249,12 @@ def _explain(error: Exception, network: Network, constraint: Constraint) -> None
 
 
 def _patch(
-    model: nn.Module, network: Network, solved: Solved, keep: Locality | None, made: dict[str, Any]
+    model: nn.Module,
+    network: Network,
+    solved: Solved,
+    keep: Locality | None,
+    max_drift: float,
+    made: dict[str, Any],
 ) -> tuple[Patch | None, Solved]:
     """Make the patch and grade the weights it composes to; make an exact one where rounding lost the demand."""
     if solved.result is Result.nonfinite:
@@ -233,7 +272,7 @@ def _patch(
         graded = solved
         if not all(torch.equal(composed[name], value) for name, value in solved.params.items()):
             with network.isolated():
-                graded = check(network, replace(solved, params=composed), keep)
+                graded = check(network, replace(solved, params=composed), keep, max_drift)
         if graded.result is solved.result:
             break
     metrics: dict[str, str | int | float] = {"result": graded.result.name, "steps": graded.steps}
@@ -251,6 +290,16 @@ def _check_arguments(model: nn.Module, constraint: Constraint, editor: Editor, k
             raise InvalidInput(f"edit was given {type(value).__name__} ({value!r:.80}); expected {hint}")
     if keep is not None and not isinstance(keep, Locality):
         raise InvalidInput(f"edit was given keep={type(keep).__name__}; expected weightpatch.Locality(inputs) or None")
+
+
+def _limit(max_drift: float | None, keep: Locality | None) -> float:
+    if max_drift is None:
+        return math.inf
+    if keep is None or not max_drift >= 0:
+        raise InvalidInput(
+            f"edit was given max_drift={max_drift} and keep={keep!r:.40}; expected nats, at least 0, and a Locality"
+        )
+    return max_drift
 
 
 def _size(nbytes: int) -> str:

@@ -31,11 +31,39 @@ def root(square: Tensor) -> Tensor:
 
 @final
 @dataclass(frozen=True, eq=False)
+class Certificate:
+    """Evidence that an answer is the best, or that there is none: the multipliers λ ≥ 0 of the demands.
+
+    Attributes:
+        multipliers: one a demand, (n,), float64: of the least norm where there is an answer; of a contradiction where
+            there is none, ``Σ λ_i ∇l_i = 0`` and ``Σ λ_i l_i > 0``.
+        infeasible: the demands that contradict each other; empty where there is an answer.
+        affine: whether the answers to the demands' inputs were seen to be affine in the edited parameters, as those of
+            a linear readout are. Then the answer is optimal, and a contradiction is one; else they hold for the
+            linearised demands alone.
+        gap: the relative duality gap, at most rounding where the answer is optimal.
+    """
+
+    multipliers: Tensor
+    infeasible: tuple[int, ...]
+    affine: bool
+    gap: float
+
+
+@final
+@dataclass(frozen=True, eq=False)
 class Solution:
-    """What an editor hands back: parameters, and how many updates it made. It never grades itself; the driver does."""
+    """What an editor hands back. It never grades itself; the driver does.
+
+    Attributes:
+        params: where it arrived.
+        steps: how many updates it made.
+        certificate: what an exact method can say about its answer.
+    """
 
     params: Params
     steps: int
+    certificate: Certificate | None = None
 
 
 class Editor(ABC):
@@ -86,6 +114,15 @@ class IterativeEditor(Editor):
     def step(self, params: Params, grads: Params, state: Any) -> tuple[Params, Any]:
         """Return parameters and state one update on; pure, elementwise torch operations, nothing in place."""
 
+    def scaled(self, value: Tensor, grads: Params) -> Params:
+        """Return the directions that `step` is given: the gradients, unless the method needs the loss's value too.
+
+        Args:
+            value: the loss, a scalar above 0.
+            grads: its gradient.
+        """
+        return grads
+
     @final
     def run(self, problem: Problem) -> Solution:
         """Repeat `step` until the constraint holds, at most `max_steps` times."""
@@ -107,7 +144,7 @@ def iterate(editor: IterativeEditor, problem: Problem) -> Solution:
 def direction(
     editor: IterativeEditor, problem: Problem, params: Params, *, create_graph: bool = False
 ) -> Params | None:
-    """Return the gradient of the editor's loss at `params`, which require one; None where the loop ends here.
+    """Return the gradient of the editor's loss at `params`, as `scaled` makes it; None where the loop ends here.
 
     Args:
         editor: its penalties are part of the loss.
@@ -121,7 +158,7 @@ def direction(
         if worst <= 0 or not math.isfinite(worst):
             return None
         loss = violation.relu().sum() + _penalty(editor, problem, params)
-        return _gradient(loss, params, create_graph)
+        return editor.scaled(loss, _gradient(loss, params, create_graph))
 
 
 def _penalty(editor: IterativeEditor, problem: Problem, params: Params) -> Tensor | float:

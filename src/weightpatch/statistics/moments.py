@@ -1,0 +1,252 @@
+"""Second moments of the inputs of linear and convolution layers, streamed over reference data."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, final
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from .._calling import Inputs, call, check_batch, rows
+from ..editors import LayerMetric, Metric
+from ..errors import InvalidInput
+from ..network import check_finite, select, structural_clone
+from ..patches import fingerprint
+from ..patches.files import write
+
+__all__ = ["LayerMoments", "Moments", "second_moments"]
+
+Keys: TypeAlias = Callable[[nn.Module, Tensor], Tensor]
+_FORMAT = "weightpatch moments 1"
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class LayerMoments:
+    """Sums over what one layer saw.
+
+    Attributes:
+        weight: the name of its weight.
+        bias: the name of its bias, or None.
+        total: Σ [x; 1] [x; 1]ᵀ per group of channels, (groups, fan_in + 1, fan_in + 1), float64.
+        power: Σ ||y||² of its outputs.
+        count: over how many positions: items of a linear layer, items times positions of a convolution.
+    """
+
+    weight: str
+    bias: str | None
+    total: Tensor
+    power: float
+    count: int
+
+    def __add__(self, other: LayerMoments) -> LayerMoments:
+        return LayerMoments(
+            self.weight, self.bias, self.total + other.total, self.power + other.power, self.count + other.count
+        )
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Second moments of several layers, of one model on some data.
+
+    Sums in float64: those of shards, added with ``+``, are those of all data, up to the rounding of a sum.
+
+    Attributes:
+        layers: by the name of the weight.
+        fingerprint: of the weights of the model, see `weightpatch.patches.fingerprint`.
+        items: over how many items.
+    """
+
+    layers: Mapping[str, LayerMoments]
+    fingerprint: str
+    items: int
+
+    def __repr__(self) -> str:
+        return f"<Moments of {len(self.layers)} layers on {self.items} items>"
+
+    def __add__(self, other: Moments) -> Moments:
+        if self.fingerprint != other.fingerprint or self.layers.keys() != other.layers.keys():
+            raise InvalidInput(
+                f"moments of {list(self.layers)} and of {list(other.layers)} cannot be added; expected the same layers "
+                "of the same weights"
+            )
+        layers = {name: layer + other.layers[name] for name, layer in self.layers.items()}
+        return Moments(layers, self.fingerprint, self.items + other.items)
+
+    def metric(self, shrinkage: float = 0.01, energy: float | None = None) -> Metric:
+        """Return the metric ``||Δ||² = E ||Δ x||²``, for `Preconditioned` and `MinimumNorm`.
+
+        Args:
+            shrinkage: how much of the mean eigenvalue of E[x xᵀ] is added to all: what is spent on directions that the
+                reference data does not show.
+            energy: edits stay in the directions that hold no more than 1 - energy of the inputs' energy together; in
+                those all count alike. The metric itself when not given.
+
+        Raises:
+            InvalidInput: a number is out of range.
+        """
+        if not 0 < shrinkage < float("inf") or (energy is not None and not 0 < energy < 1):
+            raise InvalidInput(
+                f"metric was given shrinkage={shrinkage}, energy={energy}; expected a positive shrinkage, and an "
+                "energy between 0 and 1 or None"
+            )
+        return Metric(
+            {
+                name: LayerMetric(
+                    name, layer.bias, layer.total / layer.count, layer.power / layer.count, shrinkage, energy
+                )
+                for name, layer in self.layers.items()
+            }
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file, whole or not at all."""
+        told = {n: {"bias": layer.bias, "power": layer.power, "count": layer.count} for n, layer in self.layers.items()}
+        facts = {
+            "format": _FORMAT,
+            "fingerprint": self.fingerprint,
+            "items": str(self.items),
+            "layers": json.dumps(told),
+        }
+        tensors = {name: layer.total.cpu().contiguous() for name, layer in self.layers.items()}
+        write(path, [save(tensors, facts)])
+
+    @staticmethod
+    def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Moments:
+        """Read such a file.
+
+        Args:
+            path: of the file.
+            model: refuse the file where it was made with other weights than these.
+
+        Raises:
+            InvalidInput: not such a file, or not of these weights.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if facts.get("format") != _FORMAT:
+                raise InvalidInput(f"{path} is no file of moments; expected what Moments.save wrote")
+            layers = {name: _layer(name, tensors[name], **told) for name, told in json.loads(facts["layers"]).items()}
+            found = Moments(layers, facts["fingerprint"], int(facts["items"]))
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, InvalidInput):
+                raise
+            raise InvalidInput(f"{path} cannot be read as moments: {error}") from error
+        if model is not None and fingerprint(model) != found.fingerprint:
+            raise InvalidInput(f"{path} was made with other weights than this model has; run second_moments again")
+        return found
+
+
+def second_moments(
+    model: nn.Module,
+    inputs: Inputs | Iterable[Inputs],
+    *,
+    parameters: str | Sequence[str] = "*",
+    batch_size: int = 250,
+) -> Moments:
+    """Measure E[x xᵀ] of the inputs x of layers, in evaluation mode; the model is left as it is.
+
+    Args:
+        model: any eager module.
+        inputs: reference items: one batch, which is taken apart, or batches, which are not.
+        parameters: the layers are those with such a weight, as globs; `torch.nn.Linear`, `Conv1d` and `Conv2d` count.
+        batch_size: items a pass.
+
+    Raises:
+        InvalidInput: there is no such layer, no item, or a value that is not finite.
+
+    >>> moments = second_moments(model, images, parameters="layer3.*")
+    >>> moments.save("model.moments.safetensors")
+    """
+    check_finite(model)
+    clone = structural_clone(model)
+    layers = _chosen(clone, select(model, parameters), parameters)
+    sums: dict[str, LayerMoments] = {}
+    handles = [module.register_forward_hook(_noting(sums, *names)) for names, module in layers.items()]
+    items = 0
+    try:
+        with torch.no_grad():
+            for batch in _batches(inputs, batch_size):
+                items += check_batch(batch, "second_moments")
+                call(clone, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    unseen = [name for name, _ in layers if name not in sums]
+    if not items or unseen:
+        raise InvalidInput(
+            f"second_moments saw {items} items, and nothing of {', '.join(unseen[:3])}; expected at least one item, "
+            "and layers that the model calls"
+        )
+    for name, layer in sums.items():
+        if not bool(layer.total.isfinite().all()):
+            raise InvalidInput(f"the inputs of {name} are not finite on this data")
+    return Moments(sums, fingerprint(model), items)
+
+
+def _chosen(model: nn.Module, names: Sequence[str], asked: object) -> dict[tuple[str, str | None], nn.Module]:
+    """Return the layers that own a chosen weight, by the names of weight and bias."""
+    found: dict[tuple[str, str | None], nn.Module] = {}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) and f"{prefix}weight" in names:
+            bias = None if module.bias is None else f"{prefix}bias"
+            found[f"{prefix}weight", bias] = module
+    if not found:
+        raise InvalidInput(f"no linear or convolution layer has its weight in parameters={asked!r}")
+    return found
+
+
+def _noting(sums: dict[str, LayerMoments], weight: str, bias: str | None) -> Any:
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        keys = _keys(module, args[0]).double()
+        ones = keys.new_ones(*keys.shape[:-1], 1)
+        keys = torch.cat([keys, ones], -1)
+        count = keys.shape[1]
+        found = LayerMoments(weight, bias, keys.mT @ keys, float(output.double().square().sum()), count)
+        sums[weight] = sums[weight] + found if weight in sums else found
+
+    return note
+
+
+def _keys(module: nn.Module, inputs: Tensor) -> Tensor:
+    """Return what the weight is multiplied with, (groups, positions, fan_in)."""
+    if isinstance(module, nn.Linear):
+        return inputs.flatten(0, -2)[None]
+    assert isinstance(module, (nn.Conv1d, nn.Conv2d))
+    flat = isinstance(module, nn.Conv1d)
+    edges = module._reversed_padding_repeated_twice
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    padded = F.pad(inputs, edges, mode=mode) if any(edges) else inputs
+    kernel, dilation, stride = module.kernel_size, module.dilation, module.stride
+    if flat:
+        padded = padded.unsqueeze(-2)
+        kernel, dilation, stride = (1, *kernel), (1, *dilation), (1, *stride)
+    patches = F.unfold(padded, kernel, dilation=dilation, stride=stride)  # (n, channels · kernel, positions)
+    n, _, positions = patches.shape
+    parts = patches.view(n, module.groups, -1, positions)
+    return parts.permute(1, 0, 3, 2).reshape(module.groups, n * positions, -1)
+
+
+def _batches(inputs: Any, size: int) -> Iterator[Inputs]:
+    if isinstance(inputs, (Tensor, tuple, Mapping)):
+        n = check_batch(inputs, "second_moments")
+        yield from (rows(inputs, slice(start, start + size)) for start in range(0, n, size))
+    else:
+        yield from inputs
+
+
+def _layer(name: str, total: Tensor, bias: str | None, power: float, count: int) -> LayerMoments:
+    square = total.ndim == 3 and total.shape[1] == total.shape[2] and total.dtype == torch.float64
+    if not square or count < 1 or not bool(total.isfinite().all()):
+        raise ValueError(f"the moments of {name} are {tuple(total.shape)} {total.dtype} of {count} positions")
+    return LayerMoments(name, bias, total, float(power), int(count))
