@@ -9,6 +9,7 @@ import zoo
 import weightpatch as wp
 from weightpatch.constraints import Classified
 from weightpatch.editing import Result
+from weightpatch.statistics import second_moments
 
 EDITORS = (
     wp.editors.GradientDescent(lr=0.1, max_steps=200),
@@ -17,14 +18,26 @@ EDITORS = (
     wp.editors.RMSProp(lr=0.01, max_steps=200),
     wp.editors.Momentum(lr=0.05, max_steps=200),
     wp.editors.Adam(lr=0.01, max_steps=200),
+    wp.editors.MinimumNorm(),
     wp.editors.Shrink(wp.editors.RMSProp(lr=0.02, max_steps=200)),
     wp.editors.Retry((wp.editors.GradientDescent(lr=1e-9, max_steps=1), wp.editors.Adam(lr=0.01, max_steps=200))),
 )
 
 
-@pytest.fixture(params=EDITORS, ids=lambda editor: type(editor).__name__)
-def editor(request: pytest.FixtureRequest) -> wp.editors.Editor:
-    return request.param
+METRIC = (
+    lambda metric: wp.editors.Preconditioned(metric=metric, max_steps=200),
+    lambda metric: wp.editors.Shrink(wp.editors.Preconditioned(metric=metric, max_steps=200)),
+    lambda metric: wp.editors.MinimumNorm(metric=metric),
+)
+
+
+@pytest.fixture(params=(*EDITORS, *METRIC), ids=lambda editor: getattr(editor, "__name__", type(editor).__name__))
+def editor(request: pytest.FixtureRequest, case: zoo.Case) -> wp.editors.Editor:
+    if isinstance(request.param, wp.editors.Editor):
+        return request.param
+    if case.name in ("resnet", "encoder", "tied", "weight-normed"):
+        pytest.skip("norms, embeddings and parametrisations have no metric; their linear layers are tested alone")
+    return request.param(second_moments(case.model(), case.inputs(40), parameters=case.parameters).metric())
 
 
 def mistake(model: torch.nn.Module, inputs: torch.Tensor, margin: float = 0.1) -> Classified:

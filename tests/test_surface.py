@@ -21,7 +21,18 @@ def test_root_names_are_few_sorted_and_there():
 
 
 @pytest.mark.parametrize(
-    "module", ["constraints", "editors", "evaluation", "locality", "network", "patches", "tasks.images", "training"]
+    "module",
+    [
+        "constraints",
+        "editors",
+        "evaluation",
+        "locality",
+        "network",
+        "patches",
+        "statistics",
+        "tasks.images",
+        "training",
+    ],
 )
 def test_namespaces_have_what_they_say(module: str):
     loaded = importlib.import_module(f"weightpatch.{module}")

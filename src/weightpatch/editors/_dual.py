@@ -56,17 +56,18 @@ def _nnls(gram: Tensor, right: Tensor) -> Tensor:
         if float(slope[best]) <= _TOLERANCE:
             break
         passive[best] = True
-        while True:
+        while bool(passive.any()):
             solved = torch.zeros_like(u)
             solved[passive] = _solve(gram[passive][:, passive], right[passive])
             below = passive & (solved <= 0)
             if not bool(below.any()):
                 break
-            step = (u[below] / (u[below] - solved[below])).min()
-            u = u + step * (solved - u)
-            out = passive & (u <= _TOLERANCE * u.max().clamp_min(1e-30))
+            ways = (u / (u - solved)).where(below & (u > 0), 0.0).masked_fill(~below, torch.inf)
+            u = u + ways.min() * (solved - u)
+            out = passive & (u <= _TOLERANCE * u.max())
+            out[ways.argmin()] = True
             passive, u = passive & ~out, u.masked_fill(out, 0)
-        if torch.equal(solved, u):
+        if not bool(passive.any()) or torch.equal(solved, u):
             break
         u = solved
     return u

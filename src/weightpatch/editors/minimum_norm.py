@@ -92,6 +92,7 @@ class _Search:
         self._moves: list[Tensor] = []
         self._demand: list[int] = []
         self._b: list[float] = []
+        self._slack: list[float] = []  # beyond b, against rounding
         self._gram = self._start.new_zeros(0, 0)
         self._weights = self._start.new_zeros(0)  # Δ = Δ_0 - Σ w_i C⁻¹ J_iᵀ
 
@@ -120,15 +121,16 @@ class _Search:
 
     def _add(self, demand: int, row: Tensor, value: float, slack: float) -> None:
         """Add one cut; where the demand has it already, rounding lost it, and it asks for a little more."""
-        b = value - float(row @ (self._delta - self._origin)) + slack
+        b = value - float(row @ (self._delta - self._origin))
         for place, known in enumerate(self._rows):
             if self._demand[place] == demand and float((known - row).norm()) <= 1e-4 * float(row.norm()):
-                self._b[place] = max(b, self._b[place] + value + slack)
+                self._slack[place] = 2 * self._slack[place] + value
                 return
         self._rows.append(row)
         self._moves.append(self._applied(row))
         self._demand.append(demand)
         self._b.append(b)
+        self._slack.append(slack)
         new = torch.stack([other @ self._moves[-1] for other in self._rows])
         grown = self._gram.new_zeros(len(new), len(new))
         grown[:-1, :-1], grown[-1], grown[:, -1] = self._gram, new, new
@@ -137,7 +139,10 @@ class _Search:
 
     def solve(self) -> Dual:
         """Solve for all cuts."""
-        return least_norm(self._gram, self._gram.new_tensor(self._b))
+        return least_norm(self._gram, self._right())
+
+    def _right(self) -> Tensor:
+        return self._gram.new_tensor([b + slack for b, slack in zip(self._b, self._slack, strict=True)])
 
     def move(self, dual: Dual, radius: float) -> None:
         """Go to the solution; only so far as the trust region reaches where answers are not affine."""
@@ -159,7 +164,7 @@ class _Search:
         each = weights.new_zeros(self._demands).index_add(0, demands, weights)
         bad = () if dual is None or dual.feasible else tuple((each > 1e-9 * each.max()).nonzero().squeeze(1).tolist())
         norm = float(weights @ self._gram @ weights)
-        gap = abs(norm - float(weights @ weights.new_tensor(self._b))) / max(norm, 1e-300)
+        gap = abs(norm - float(weights @ self._right())) / max(norm, 1e-300)
         certificate = Certificate(each, bad, self.affine, gap if len(weights) and not bad else 0.0)
         return Solution(self._params(self._delta), steps, certificate)
 

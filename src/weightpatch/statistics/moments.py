@@ -158,7 +158,8 @@ def second_moments(
     Args:
         model: any eager module.
         inputs: reference items: one batch, which is taken apart, or batches, which are not.
-        parameters: the layers are those with such a weight, as globs; `torch.nn.Linear`, `Conv1d` and `Conv2d` count.
+        parameters: the layers are those with such a weight, as globs; `torch.nn.Linear`, `Conv1d` and `Conv2d` count
+            where the model calls them as modules.
         batch_size: items a pass.
 
     Raises:
@@ -181,12 +182,9 @@ def second_moments(
     finally:
         for handle in handles:
             handle.remove()
-    unseen = [name for name, _ in layers if name not in sums]
-    if not items or unseen:
-        raise InvalidInput(
-            f"second_moments saw {items} items, and nothing of {', '.join(unseen[:3])}; expected at least one item, "
-            "and layers that the model calls"
-        )
+    if not sums:
+        some = ", ".join(name for name, _ in list(layers)[:3])
+        raise InvalidInput(f"second_moments gave the model {items} items, and it called none of the layers of {some}")
     for name, layer in sums.items():
         if not bool(layer.total.isfinite().all()):
             raise InvalidInput(f"the inputs of {name} are not finite on this data")

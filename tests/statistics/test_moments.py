@@ -1,0 +1,141 @@
+"""Moments against their meaning: ``tr(Δ C Δᵀ)`` is the mean square of what Δ adds to a layer's outputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from torch import Tensor, nn
+
+from weightpatch.editors import Metric
+from weightpatch.errors import InvalidInput
+from weightpatch.statistics import Moments, second_moments
+
+LAYERS = {
+    "linear": (nn.Linear(5, 3), (7, 5)),
+    "linear of sequences": (nn.Linear(5, 3, bias=False), (4, 6, 5)),
+    "conv": (nn.Conv2d(4, 6, 3, stride=2, padding=1), (3, 4, 7, 6)),
+    "dilated": (nn.Conv2d(2, 3, (3, 2), dilation=(2, 1), padding=(2, 0), bias=False), (3, 2, 8, 5)),
+    "groups": (nn.Conv2d(6, 4, 3, groups=2), (3, 6, 5, 5)),
+    "depthwise": (nn.Conv2d(4, 4, 3, groups=4, padding=1), (3, 4, 5, 5)),
+    "reflected": (nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), (3, 2, 5, 5)),
+    "same": (nn.Conv2d(2, 3, (2, 3), padding="same"), (3, 2, 5, 5)),
+    "conv1d": (nn.Conv1d(3, 4, 3, stride=2, padding=2, dilation=2), (3, 3, 11)),
+}
+
+
+def double(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_metric_is_the_mean_square_of_what_a_change_adds(name: str):
+    layer, shape = LAYERS[name]
+    layer, x = layer.double(), double(shape)
+    moments = second_moments(layer, x, batch_size=2)
+    found = moments.layers["weight"]
+    y = layer(x).detach()
+    channel = -1 if isinstance(layer, nn.Linear) else 1
+    assert found.count == y.numel() // y.shape[channel]
+    assert found.power == pytest.approx(float(y.square().sum()))
+
+    changes = {n: double(tuple(p.shape), seed=1) for n, p in layer.named_parameters()}
+    added = torch.func.functional_call(layer, changes, x)
+    groups, rows = len(found.total), len(layer.weight)
+    bias = changes.get("bias", torch.zeros(rows, dtype=torch.float64))
+    delta = torch.cat([changes["weight"].reshape(groups, rows // groups, -1), bias.view(groups, -1, 1)], -1)
+    square = (delta @ (found.total / found.count) * delta).sum()
+    assert float(square) == pytest.approx(float(added.square().sum()) / found.count, rel=1e-10)
+
+
+@pytest.mark.parametrize("name", ["linear", "groups", "conv1d"])
+def test_the_inverse_is_one_of_the_shrunk_moments(name: str):
+    layer, shape = LAYERS[name]
+    metric = second_moments(layer.double(), double(shape)).metric(shrinkage=0.3)
+    grads = {n: double(tuple(p.shape), seed=2) for n, p in layer.named_parameters()}
+    moved, squares = metric.applied(grads)
+    assert float(squares["weight"]) == pytest.approx(sum(float((grads[n] * moved[n]).sum()) for n in grads))
+    second = metric.layers["weight"].second
+    mean = second.diagonal(dim1=-2, dim2=-1).mean(-1)
+    shrunk = second + 0.3 * mean[:, None, None] * torch.eye(second.shape[-1])
+    groups, rows = len(second), len(layer.weight)
+
+    def together(part: dict[str, Tensor]) -> Tensor:
+        return torch.cat([part["weight"].reshape(groups, rows // groups, -1), part["bias"].view(groups, -1, 1)], -1)
+
+    assert torch.allclose(together(moved) @ shrunk, together(grads), rtol=1e-9)
+    alone, _ = metric.applied({"weight": grads["weight"]})
+    inner = second[:, :-1, :-1]
+    inner = inner + 0.3 * inner.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(inner.shape[-1])
+    found = alone["weight"].reshape(groups, rows // groups, -1) @ inner
+    assert torch.allclose(found, grads["weight"].reshape(groups, rows // groups, -1), rtol=1e-9)
+    assert metric.applied({"bias": grads["bias"]})[0]["bias"] == pytest.approx(grads["bias"] / 1.3)
+
+
+def test_the_projector_leaves_the_energetic_directions_alone():
+    x = double((50, 6)) * torch.tensor([10.0, 5.0, 1.0, 0.1, 0.1, 0.1])
+    layer = nn.Linear(6, 2, bias=False).double()
+    metric = second_moments(layer, x).metric(energy=0.99)
+    moved, _ = metric.applied({"weight": double((2, 6), seed=3)})
+    added = x @ moved["weight"].T
+    assert float(added.square().sum()) < 0.01 * float(moved["weight"].square().sum()) * float(x.square().sum())
+    again, _ = metric.applied(moved)
+    assert torch.allclose(again["weight"], moved["weight"])
+    assert float(moved["weight"].abs().max()) > 0
+
+
+def test_shards_add_up_and_files_keep_every_bit(tmp_path: Path):
+    case = next(case for case in zoo.CASES if case.name == "resnet")
+    model, x = case.model(), case.inputs(30)
+    untouched = zoo.digest(model)
+    whole = second_moments(model, x)
+    assert zoo.digest(model) == untouched
+    assert all(not module._forward_hooks for module in model.modules())
+    parts = second_moments(model, x[:11]) + second_moments(model, [x[11:20], x[20:]])
+    assert (parts.items, parts.fingerprint) == (30, whole.fingerprint)
+    for name, layer in whole.layers.items():
+        assert parts.layers[name].count == layer.count
+        assert torch.allclose(parts.layers[name].total, layer.total, rtol=1e-6)
+    whole.save(tmp_path / "m.safetensors")
+    again = Moments.load(tmp_path / "m.safetensors", model)
+    assert again.layers.keys() == whole.layers.keys()
+    for name, layer in whole.layers.items():
+        other = again.layers[name]
+        assert torch.equal(other.total, layer.total)
+        assert (other.bias, other.power, other.count) == (layer.bias, layer.power, layer.count)
+    assert isinstance(again.metric(), Metric)
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.5)
+    with pytest.raises(InvalidInput, match="other weights"):
+        Moments.load(tmp_path / "m.safetensors", model)
+    with pytest.raises(InvalidInput, match="cannot be added"):
+        whole + second_moments(model, x)
+
+
+def test_in_float64_shards_are_exact_to_rounding():
+    layer, x = nn.Linear(5, 3).double(), double((1000, 5))
+    whole = second_moments(layer, x).layers["weight"].total
+    parts = second_moments(layer, x[:333]) + second_moments(layer, x[333:])
+    assert torch.allclose(parts.layers["weight"].total, whole, rtol=1e-13)
+
+
+def test_bad_input_is_said(tmp_path: Path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    with pytest.raises(InvalidInput, match="no linear or convolution layer"):
+        second_moments(model, torch.randn(3, 4), parameters="1.*")
+    with pytest.raises(InvalidInput, match="called none"):
+        second_moments(model, [])
+    with pytest.raises(InvalidInput, match="NaN"):
+        second_moments(model, torch.full((3, 4), torch.nan))
+    moments = second_moments(model, torch.randn(3, 4))
+    for bad in ({"shrinkage": 0.0}, {"shrinkage": float("nan")}, {"energy": 1.0}):
+        with pytest.raises(InvalidInput, match="expected a positive shrinkage"):
+            moments.metric(**bad)
+    with pytest.raises(InvalidInput, match=r"no statistics for 1\.weight"):
+        moments.metric().applied({"1.weight": torch.ones(4)})
+    (tmp_path / "other.safetensors").write_bytes(b"not a file of moments")
+    for path in (tmp_path / "other.safetensors", tmp_path / "missing.safetensors"):
+        with pytest.raises(InvalidInput, match="cannot be read as moments"):
+            Moments.load(path)
