@@ -74,6 +74,27 @@ def test_the_inverse_is_one_of_the_shrunk_moments(name: str):
     assert metric.applied({"bias": grads["bias"]})[0]["bias"] == pytest.approx(grads["bias"] / 1.3)
 
 
+@pytest.mark.parametrize("rank", [0, 1, 5, 8, 13, 40])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gradients_of_low_rank_take_the_short_way(rank: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    layer = nn.Linear(50, 40, bias=False).double()
+    metric = second_moments(layer, double((90, 50))).metric(0.1)
+    gradient = (double((40, rank), seed=1) @ double((rank, 50), seed=2)).to(dtype)
+    inverse = metric.layers["weight"].inverse(gradient, with_bias=False)[0]
+    products: list[int] = []
+    times = torch.Tensor.__matmul__
+
+    def counted(a: Tensor, b: Tensor) -> Tensor:
+        products.append(a.shape[-2] * a.shape[-1] * b.shape[-1])
+        return times(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", counted)
+    found = metric.applied({"weight": gradient})[0]["weight"]
+    assert (40 * 50 * 50 in products) == (rank > 8)  # the whole product is made only where it has to be
+    expected = times(gradient, inverse)
+    assert float((found - expected).abs().max()) <= 50 * torch.finfo(dtype).eps * float(expected.abs().max())
+
+
 def test_the_projector_leaves_the_energetic_directions_alone():
     x = double((50, 6)) * torch.tensor([10.0, 5.0, 1.0, 0.1, 0.1, 0.1])
     layer = nn.Linear(6, 2, bias=False).double()

@@ -14,6 +14,8 @@ from ..errors import InvalidInput
 
 __all__ = ["LayerMetric", "Metric"]
 
+_RANK = 8  # gradients of a linear layer have at most the rank of the items that are asked about
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -78,8 +80,12 @@ class Metric:
         how = "" if some is None else f"energy={some.energy}" if some.energy else f"shrinkage={some.shrinkage}"
         return f"<Metric of {shown}, {how}>"
 
-    def applied(self, grads: Params) -> tuple[Params, dict[str, Tensor]]:
+    def applied(self, grads: Params, eps: float | None = None) -> tuple[Params, dict[str, Tensor]]:
         """Return ``d = C⁻¹ g``, and ``gᵀ C⁻¹ g`` of each layer, a scalar each; differentiable in the gradients.
+
+        Args:
+            grads: by name.
+            eps: how exact they are, relative; by default as their dtype can be.
 
         Raises:
             InvalidInput: a gradient is of a parameter that belongs to none of the layers.
@@ -95,7 +101,7 @@ class Metric:
             parts += [] if bias is None else [bias.reshape(groups, rows // groups, 1)]
             gradient = torch.cat(parts, -1)
             inverse = layer.inverse(some, with_weight=weight is not None, with_bias=bias is not None)
-            moved = gradient @ inverse
+            moved = _times(gradient, inverse, eps or torch.finfo(gradient.dtype).eps)
             squares[name] = (gradient * moved).sum()
             if weight is not None:
                 fan_in = weight[0].numel()
@@ -113,3 +119,18 @@ class Metric:
                 "or collect statistics for the others: linear and convolution layers have them, norms do not"
             )
         return {key: self.layers[key] for key in dict.fromkeys(owners[name] for name in grads)}
+
+
+def _times(gradient: Tensor, inverse: Tensor, eps: float) -> Tensor:
+    """Return the product; by a basis of the gradient's rows where these are found to be few, to rounding."""
+    rows, width = gradient.shape[-2:]
+    if gradient.requires_grad or min(rows, width) < 4 * _RANK:
+        return gradient @ inverse
+    sketch = torch.randn(_RANK + 4, rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    basis = torch.linalg.qr((sketch.to(gradient) @ gradient).mT).Q
+    shares = gradient @ basis
+    rest = (gradient - shares @ basis.mT).norm()
+    if not float(rest) <= 8 * eps * float(gradient.norm()):
+        return gradient @ inverse
+    product: Tensor = shares @ (basis.mT @ inverse)
+    return product

@@ -79,6 +79,7 @@ class _Search:
         self._start = torch.cat([p.reshape(-1) for p in problem.start.values()]).double()
         self._delta = torch.zeros_like(self._start)
         self._power = 0.0 if metric is None else sum(metric.layers[name].power for name in self._layers(metric))
+        self._eps = max(torch.finfo(value.dtype).eps for value in problem.start.values())
         self.affine, self._demands = True, 0
         self._restart()
 
@@ -171,7 +172,7 @@ class _Search:
     def _applied(self, row: Tensor) -> Tensor:
         if self._metric is None:
             return row
-        moved, _ = self._metric.applied(self._shaped(row))
+        moved, _ = self._metric.applied(self._shaped(row), self._eps)
         return torch.cat([moved[name].reshape(-1) for name in self._names])
 
     def _combined(self, weights: Tensor) -> Tensor:
