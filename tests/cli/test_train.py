@@ -113,12 +113,8 @@ def test_it_goes_on_where_it_stopped_and_refuses_another_run(capsys: pytest.Capt
 
 def test_without_weights_of_the_edit_terms_it_is_plain_training(capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("accelerate")
-    text = GOOD.replace("fashion_classifier", "models:resnet18(width=4, channels=1)").replace(
-        "images:models", "images.models"
-    )
-    text = text.replace("layer3", "layer4").replace(
-        'learn = ["lr"]\n', "c_edit = 0\nc_loc = 0\nschedule = 'one-cycle'\n"
-    )
+    text = GOOD.replace("images:fashion_classifier", "images.models:FashionResNet(classes=10)")
+    text = text.replace('learn = ["lr"]\n', "c_edit = 0\nc_loc = 0\nschedule = 'one-cycle'\n")
     code, facts = run(text + EDITOR, "--folder", "out", capsys=capsys)
     assert code == 0
     lines = [json.loads(line) for line in Path("out/history.jsonl").read_text().splitlines()]
@@ -127,7 +123,7 @@ def test_without_weights_of_the_edit_terms_it_is_plain_training(capsys: pytest.C
     steps = [line for line in lines if "validation" not in line]
     assert steps
     assert all("edit" not in line for line in steps)
-    assert load_file("out/model.safetensors")["fc.weight"].shape == (10, 32)
+    assert load_file("out/model.safetensors")["fc.weight"].shape == (10, 64)
 
 
 def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]):
