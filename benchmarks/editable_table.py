@@ -222,10 +222,14 @@ def table(rows: list[dict[str, Any]], where: str) -> str:
         "Made by `python benchmarks/editable_table.py` after the trainings of `benchmarks/editable_runs.py`, on "
         f"{where}. Edits of test images, k = 10, margin 0; drawdown in percentage points on all 10,000 test images; "
         "generality on seven altered copies of the edited image. How each network came about is said in the scripts; "
-        "rows without ResNet-18 are the demo's small network. `sweep` rows: one seed, shipped weights where it "
-        "says finetuned, 6 epochs where it says scratch or plain; c scales c_edit = c_loc = c and c_gen = c / 10; elu "
-        "is the paper's block, layer3 the network's own last block; without either, the sparse block with c = 1.\n",
+        "rows without ResNet-18 are the demo's small network, ResNet-18 has width 8.\n",
     ]
+    if any(row["name"].startswith("sweep") for row in rows):
+        lines.append(
+            "`sweep` rows: one seed, shipped weights where it says finetuned, 6 epochs where it says scratch or plain; c "
+            "scales c_edit = c_loc = c and c_gen = c / 10; elu is the paper's block, layer3 the network's own last block; "
+            "without either, the sparse block with c = 1.\n"
+        )
     for key, title in (("random", f"{EDITS} random-label edits, one at a time"), ("mistakes", "All real mistakes")):
         lines += [f"## {title}\n", "| network | lr | edits | " + " | ".join(shown) + " |"]
         lines.append("|---|---:|---:|" + "---:|" * len(shown))

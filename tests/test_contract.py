@@ -36,7 +36,9 @@ def editor(request: pytest.FixtureRequest, case: zoo.Case) -> wp.editors.Editor:
     if isinstance(request.param, wp.editors.Editor):
         return request.param
     if case.name in ("resnet", "encoder", "tied", "weight-normed"):
-        pytest.skip("norms, embeddings and parametrisations have no metric; their linear layers are tested alone")
+        pytest.skip(
+            "norms, embeddings and parametrisations have no metric; tests/editors has linear layers of two of these"
+        )
     return request.param(second_moments(case.model(), case.inputs(40), parameters=case.parameters).metric())
 
 

@@ -124,6 +124,26 @@ def test_contradicting_demands_are_named():
         found.raise_for_result()
 
 
+def test_a_contradiction_of_linearised_demands_alone_is_not_called_one():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    x = drawn(1, 3)
+    inputs = torch.cat([x, -2 * x])
+    for seed in range(40):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.randn_like(parameter))
+        top = model(inputs).argmax(1)
+        fix = Classified(inputs, torch.stack([(top[0] + 1) % 3] * 2), margin=3.0)
+        found = wp.edit(model, fix, MinimumNorm(max_steps=5), parameters="0.weight")
+        assert found.result is not Result.infeasible
+        if found.certificate is not None and found.certificate.infeasible:
+            assert not found.certificate.affine
+            return
+    raise AssertionError("no case was found that shows anything")
+
+
 def test_kept_samples_join_when_they_matter():
     model, x = head(), drawn(30, 6)
     top = model(x).argmax(1)

@@ -135,6 +135,24 @@ def test_shards_add_up_and_files_keep_every_bit(tmp_path: Path):
         whole + second_moments(model, x)
 
 
+def test_tied_layers_and_keyword_arguments_count():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+            self.two.weight = self.one.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(input=self.one(x))
+
+    model, x = Twice().double(), double((9, 4))
+    found = second_moments(model, x)
+    assert list(found.layers) == ["one.weight"]
+    both = torch.cat([x, model.one(x).detach()])
+    assert torch.allclose(found.layers["one.weight"].total[0, :-1, :-1], both.T @ both)
+    assert found.layers["one.weight"].count == 18
+
+
 def test_in_float64_shards_are_exact_to_rounding():
     layer, x = nn.Linear(5, 3).double(), double((1000, 5))
     whole = second_moments(layer, x).layers["weight"].total

@@ -16,6 +16,7 @@ from ._dual import Dual, least_norm
 from .base import Certificate, Editor, Solution
 from .metric import Metric
 
+_BEYOND_TARGET = 8  # how many times as far it is looked whether answers are affine: a kink may lie behind the target
 _BEYOND = 0.05  # by which share of its violation a demand that is not affine is overshot
 
 
@@ -34,8 +35,9 @@ class MinimumNorm(Editor):
     Args:
         metric: ``||Δ||_C`` from `weightpatch.statistics`; the Euclidean norm when not given.
         max_steps: the most rounds.
-        radius: where answers are not affine, what one round may add to a layer's outputs, in root mean square on the
-            reference data and relative to these outputs' own; without a metric, in the parameters' own norm.
+        radius: where answers are not affine, what one round may add to the outputs of the edited layers together, in
+            root mean square on the reference data and relative to these outputs' own; without a metric, in the
+            parameters' own norm.
 
     >>> MinimumNorm(metric=moments.metric())
     """
@@ -60,9 +62,9 @@ class MinimumNorm(Editor):
                 return search.solution(steps)
             dual = search.solve()
             if not dual.feasible:
+                search.look_around()
                 return search.solution(steps, dual)
             search.move(dual, self.radius)
-        search.linearise()
         return search.solution(self.max_steps)
 
 
@@ -158,6 +160,12 @@ class _Search:
         self._weights = self._weights + share * (dual.multipliers - self._weights)
         self._delta = target if share == 1.0 else self._combined(self._weights)
 
+    def look_around(self) -> None:
+        """See whether answers are affine before a contradiction is believed: no way may have been gone yet."""
+        alone = self._right().clamp_min(0) / self._gram.diagonal().clamp_min(torch.finfo(torch.float64).tiny)
+        alone = alone.where(self._gram.diagonal() > 0, 0.0)
+        self.affine = self.affine and self._affine_towards(self._combined(self._weights + alone))
+
     def solution(self, steps: int, dual: Dual | None = None) -> Solution:
         """Return where the search is, with the multipliers of each demand."""
         weights = self._weights if dual is None else dual.multipliers
@@ -190,12 +198,12 @@ class _Search:
         return {name: value.to(start[name].dtype) for name, value in self._shaped(self._start + delta).items()}
 
     def _affine_towards(self, target: Tensor) -> bool:
-        """Compare the demands' answers half-way with the mean of those at both ends."""
-        ends = [self._answers(self._delta), self._answers(target)]
-        middle = self._answers((self._delta + target) / 2)
-        for a, b, m in zip(*ends, middle, strict=True):
-            scale = float(torch.maximum(a.abs(), b.abs()).max()) + float((a - b).abs().max())
-            if not float(((a + b) / 2 - m).abs().max()) <= 64 * torch.finfo(m.dtype).eps * scale:
+        """Compare the demands' answers there with those interpolated from here and from well beyond."""
+        far = self._delta + _BEYOND_TARGET * (target - self._delta)
+        for a, b, m in zip(self._answers(self._delta), self._answers(far), self._answers(target), strict=True):
+            between = torch.lerp(a, b, 1 / _BEYOND_TARGET)
+            scale = float(torch.maximum(a.abs(), b.abs()).max())
+            if not float((between - m).abs().max()) <= 64 * torch.finfo(m.dtype).eps * scale:
                 return False
         return True
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, final
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,6 @@ from ..patches.files import write
 
 __all__ = ["LayerMoments", "Moments", "second_moments"]
 
-Keys: TypeAlias = Callable[[nn.Module, Tensor], Tensor]
 _FORMAT = "weightpatch moments 1"
 
 
@@ -172,7 +171,9 @@ def second_moments(
     clone = structural_clone(model)
     layers = _chosen(clone, select(model, parameters), parameters)
     sums: dict[str, LayerMoments] = {}
-    handles = [module.register_forward_hook(_noting(sums, *names)) for names, module in layers.items()]
+    handles = [
+        module.register_forward_hook(_noting(sums, weight, bias), with_kwargs=True) for weight, bias, module in layers
+    ]
     items = 0
     try:
         with torch.no_grad():
@@ -183,7 +184,7 @@ def second_moments(
         for handle in handles:
             handle.remove()
     if not sums:
-        some = ", ".join(name for name, _ in list(layers)[:3])
+        some = ", ".join(weight for weight, _, _ in layers[:3])
         raise InvalidInput(f"second_moments gave the model {items} items, and it called none of the layers of {some}")
     for name, layer in sums.items():
         if not bool(layer.total.isfinite().all()):
@@ -191,22 +192,22 @@ def second_moments(
     return Moments(sums, fingerprint(model), items)
 
 
-def _chosen(model: nn.Module, names: Sequence[str], asked: object) -> dict[tuple[str, str | None], nn.Module]:
-    """Return the layers that own a chosen weight, by the names of weight and bias."""
-    found: dict[tuple[str, str | None], nn.Module] = {}
-    for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) and f"{prefix}weight" in names:
-            bias = None if module.bias is None else f"{prefix}bias"
-            found[f"{prefix}weight", bias] = module
+def _chosen(model: nn.Module, names: Sequence[str], asked: object) -> list[tuple[str, str | None, nn.Module]]:
+    """Return the names of weight and bias, and the layer, of every layer with a chosen weight; several where tied."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    found: list[tuple[str, str | None, nn.Module]] = []
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) and first.get(id(module.weight)) in names:
+            bias = None if module.bias is None else first[id(module.bias)]
+            found.append((first[id(module.weight)], bias, module))
     if not found:
         raise InvalidInput(f"no linear or convolution layer has its weight in parameters={asked!r}")
     return found
 
 
 def _noting(sums: dict[str, LayerMoments], weight: str, bias: str | None) -> Any:
-    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        keys = _keys(module, args[0]).double()
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        keys = _keys(module, args[0] if args else kwargs["input"]).double()
         ones = keys.new_ones(*keys.shape[:-1], 1)
         keys = torch.cat([keys, ones], -1)
         count = keys.shape[1]
