@@ -226,8 +226,8 @@ def table(rows: list[dict[str, Any]], where: str) -> str:
     ]
     if any(row["name"].startswith("sweep") for row in rows):
         lines.append(
-            "`sweep` rows: one seed, shipped weights where it says finetuned, 6 epochs where it says scratch or plain; c "
-            "scales c_edit = c_loc = c and c_gen = c / 10; elu is the paper's block, layer3 the network's own last block; "
+            "`sweep` rows: one seed, shipped weights where it says finetuned, 6 epochs where it says scratch or plain; "
+            "c scales c_edit = c_loc = c and c_gen = c / 10; elu is the paper's block, layer3 the network's own; "
             "without either, the sparse block with c = 1.\n"
         )
     for key, title in (("random", f"{EDITS} random-label edits, one at a time"), ("mistakes", "All real mistakes")):
