@@ -185,6 +185,10 @@ def measure(name: str, make: Callable[[], Part], test: images.LabelledImages, ru
             print(f"{name}: {key} in {time.monotonic() - began:.0f} s", flush=True)
 
 
+def finished(runs: Path, pattern: str) -> list[Path]:
+    return sorted(path.parent for path in runs.glob(f"{pattern}/result.json"))
+
+
 def networks(train: images.LabelledImages, runs: Path) -> dict[str, Callable[[], Part]]:
     """Return, by name and in the order of the table, what is measured."""
     held_out = train[slice(len(train) - 5000, len(train))]
@@ -208,9 +212,9 @@ def networks(train: images.LabelledImages, runs: Path) -> dict[str, Callable[[],
             trained(folder).model, train, seed
         )
     for kind in ("finetuned", "scratch"):
-        for folder in sorted(runs.glob(f"resnet18-{kind}-*")):
+        for folder in finished(runs, f"resnet18-{kind}-*"):
             found[f"ResNet-18 editable {kind} seed {folder.name[-1]}"] = lambda folder=folder: trained(folder)
-    for folder in sorted(runs.glob("sweep-*")):
+    for folder in finished(runs, "sweep-*"):
         found[folder.name.replace("-", " ")] = lambda folder=folder: trained(folder)
     return found
 

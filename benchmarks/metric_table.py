@@ -16,26 +16,51 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from editable_table import RATE, Part, plain, with_block
+from editable_table import RATE, Part, with_block
 from fashion_table import all_mistakes, machine, random_edits
 from torch import Tensor
 
 import weightpatch as wp
 from weightpatch.constraints import Classified
-from weightpatch.editors import GradientDescent, MinimumNorm, Preconditioned
+from weightpatch.editors import (
+    Adam,
+    Auto,
+    Bounded,
+    Budget,
+    Editor,
+    Gate,
+    GradientDescent,
+    LowRank,
+    MinimumNorm,
+    Preconditioned,
+    Rung,
+)
+from weightpatch.editors import ladder as rmsprop_ladder
 from weightpatch.evaluation import figures
 from weightpatch.statistics import second_moments
 from weightpatch.tasks import images
 
 HERE = Path(__file__).parent
 RESULTS, TABLE = HERE / "results" / "metric.json", HERE / "results" / "metric.md"
+ALONE = ("layer3, MinimumNorm", "sparse block, MinimumNorm", "editable, MinimumNorm", "Auto", "gate at fc")
 CONVOLUTIONS = ("layer3.0.conv1.weight", "layer3.0.conv2.weight", "layer3.0.downsample.0.weight")
-SHRINKAGE, REFERENCE, EDITS = 0.001, 10_000, 1000
+SHRINKAGE, REFERENCE, EDITS, FEWER = 0.001, 10_000, 1000, 300
+KEPT, CHANGED = 2000, 0.003  # reference images of gates, budgets and KL; Auto's budget, a share of them
 SHOWN = ("success", "steps", "drawdown", "absolute", "max", "broken/repaired/other")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is measured: what edits what, and whether altered copies are demanded too."""
+
+    make: Callable[[], Part]
+    joint: bool = True
+    edits: int = EDITS
 
 
 def part(model: torch.nn.Module, parameters: tuple[str, ...], train: images.LabelledImages, kind: type) -> Part:
@@ -44,15 +69,27 @@ def part(model: torch.nn.Module, parameters: tuple[str, ...], train: images.Labe
     return Part(model, parameters, kind(metric=moments.metric(SHRINKAGE), **settings))
 
 
-def networks(train: images.LabelledImages) -> dict[str, tuple[Callable[[], Part], bool]]:
-    """Return, by name, a network with its editor, and whether altered copies are demanded too."""
+def ladder(model: torch.nn.Module, parameters: tuple[str, ...], train: images.LabelledImages, **budget: float) -> Part:
+    """Return `Auto` as `wp.edit` makes it, with statistics of 10,000 images."""
+    moments = second_moments(model, train.images[:REFERENCE], parameters=parameters)
+    gate = "fc.head" if parameters == (images.EDITED,) else "fc"
+    made = Auto.late(moments.metric(SHRINKAGE), gate=gate, budget=Budget(**budget), altered=images.altered)
+    return Part(model, parameters, made)
+
+
+def networks(train: images.LabelledImages) -> dict[str, Row]:
+    """Return the rows by name."""
+    small = images.fashion_classifier
+
+    def given(parameters: tuple[str, ...], editor: Editor) -> Callable[[], Part]:
+        return lambda: Part(small(), parameters, editor)
 
     def classifier(parameters: tuple[str, ...], kind: type) -> Callable[[], Part]:
-        return lambda: part(images.fashion_classifier(), parameters, train, kind)
+        return lambda: part(small(), parameters, train, kind)
 
     def sparse(kind: type) -> Callable[[], Part]:
         def make() -> Part:
-            blocked = with_block(images.fashion_classifier(), train, 0)
+            blocked = with_block(small(), train, 0)
             return part(blocked.model, blocked.parameters, train, kind)
 
         return make
@@ -61,20 +98,39 @@ def networks(train: images.LabelledImages) -> dict[str, tuple[Callable[[], Part]
         return lambda: part(images.fashion_editable(), (images.EDITED,), train, kind)
 
     def descent() -> Part:
-        blocked = with_block(images.fashion_classifier(), train, 0)
+        blocked = with_block(small(), train, 0)
         return Part(blocked.model, blocked.parameters, GradientDescent(lr=RATE, max_steps=100))
 
-    found: dict[str, tuple[Callable[[], Part], bool]] = {}
-    for joint, how in ((True, "jointly"), (False, "alone")):
-        found |= {
-            f"sparse block, MinimumNorm, {how}": (sparse(MinimumNorm), joint),
-            f"editable, MinimumNorm, {how}": (editable(MinimumNorm), joint),
-            f"layer3, MinimumNorm, {how}": (classifier(CONVOLUTIONS, MinimumNorm), joint),
-            f"layer3, Preconditioned, {how}": (classifier(CONVOLUTIONS, Preconditioned), joint),
-            f"fc, MinimumNorm, {how}": (classifier(("fc.*",), MinimumNorm), joint),
-            f"sparse block, GradientDescent, {how}": (descent, joint),
-            f"layer3, GradientDescent, {how}": (plain, joint),
-        }
+    kl = Auto((Rung("RMSProp with KL", rmsprop_ladder(100.0), kept=64),), Budget(changed=1.0))
+    found = {
+        "no edit": Row(given(("fc.*",), GradientDescent(lr=0.0, max_steps=0))),
+        "lookup gate": Row(given(("fc.*",), Gate("fc", share=0.0))),
+        "fc, fine-tuning": Row(given(("fc.*",), Adam(lr=1e-2, max_steps=100))),
+        "layer3, fine-tuning": Row(given(("layer3.*",), Adam(lr=1e-3, max_steps=100)), edits=FEWER),
+        "layer3, LoRA": Row(given(CONVOLUTIONS, LowRank(Adam(lr=1e-2, max_steps=100), rank=4)), edits=FEWER),
+        "layer3, FT-L": Row(given(("layer3.*",), Bounded(Adam(lr=1e-3, max_steps=100), 5e-3)), edits=FEWER),
+        "layer3, fine-tuning with KL": Row(given(("layer3.*",), kl), edits=FEWER),
+        "gate at fc": Row(given(("fc.*",), Gate("fc"))),
+        "fc, MinimumNorm": Row(classifier(("fc.*",), MinimumNorm)),
+        "conv2 of layer3, MinimumNorm": Row(classifier(CONVOLUTIONS[1:2], MinimumNorm)),
+        "layer3, MinimumNorm": Row(classifier(CONVOLUTIONS, MinimumNorm)),
+        "layer3, Preconditioned": Row(classifier(CONVOLUTIONS, Preconditioned), edits=FEWER),
+        "Auto": Row(lambda: ladder(small(), (*CONVOLUTIONS, "fc.*"), train, changed=CHANGED, seconds=1.0)),
+        "Auto, quick": Row(lambda: ladder(small(), (*CONVOLUTIONS, "fc.*"), train, changed=CHANGED, seconds=0.02)),
+        "sparse block, MinimumNorm": Row(sparse(MinimumNorm)),
+        "sparse block, GradientDescent": Row(descent, edits=FEWER),
+        "editable, GradientDescent": Row(
+            lambda: Part(images.fashion_editable(), (images.EDITED,), images.fashion_editor()), edits=FEWER
+        ),
+        "editable, MinimumNorm": Row(editable(MinimumNorm)),
+        "editable, Preconditioned": Row(editable(Preconditioned), edits=FEWER),
+        "editable, Auto": Row(
+            lambda: ladder(images.fashion_editable(), (images.EDITED,), train, changed=CHANGED, seconds=1.0)
+        ),
+    }
+    for name, row in list(found.items()):
+        if name in ALONE:
+            found[f"{name}, alone"] = replace(row, joint=False, edits=FEWER)
     return found
 
 
@@ -87,8 +143,13 @@ def further(inputs: Tensor) -> Tensor:
     return torch.cat([images.rotations(inputs, (-8.0, 8.0)), images.noise(inputs, std=0.1, seed=1)])
 
 
-def measure(made: Part, joint: bool, edits: list[Classified], test: images.LabelledImages) -> dict[str, Any]:
-    fixes = [with_copies(fix) for fix in edits] if joint else edits
+def measure(
+    made: Part, joint: bool, edits: list[Classified], test: images.LabelledImages, keep: wp.Locality
+) -> dict[str, Any]:
+    auto = isinstance(made.editor, Auto) and made.editor.altered is not None
+    fixes = [with_copies(fix) for fix in edits] if joint and not auto else edits
+    if auto and not joint:
+        made = replace(made, editor=replace(made.editor, altered=None))
     began = time.monotonic()
     report = wp.evaluate(
         made.model,
@@ -96,17 +157,24 @@ def measure(made: Part, joint: bool, edits: list[Classified], test: images.Label
         made.editor,
         test=(test.images, test.labels),
         parameters=made.parameters,
+        keep=keep,
         altered=further if joint else images.altered,
         progress=False,
     )
-    seconds = sorted(row.seconds for row in report.rows if row.steps)
+    seconds = sorted(row.seconds for row in report.rows if row.steps) or [0.0]
+    sizes = [wp.edit(made.model, fix, made.editor, keep=keep, parameters=made.parameters).patch for fix in fixes[:20]]
     return {
         "edits": len(edits),
         "figures": figures(report),
         "drawdown_absolute": report.summary.drawdown_absolute.value,
+        "patch_bytes": sorted(patch.nbytes for patch in sizes if patch is not None)[len(sizes) // 2],
         "edit_ms": 1000 * seconds[len(seconds) // 2],
         "seconds": time.monotonic() - began,
     }
+
+
+def size(found: dict[str, Any]) -> str:
+    return f"{found['patch_bytes'] / 1000:.1f} kB" if "patch_bytes" in found else ""
 
 
 def table(rows: list[dict[str, Any]], where: str) -> str:
@@ -117,12 +185,13 @@ def table(rows: list[dict[str, Any]], where: str) -> str:
         "`unasked`: the share that holds of alterations that were not.\n",
     ]
     for kind, title in (("random", "Random labels"), ("mistakes", "Real mistakes")):
-        lines += [f"## {title}\n", "| edited, by | edits | " + " | ".join(SHOWN) + " | unasked | ms an edit |"]
-        lines.append("|---|---:|" + "---:|" * (len(SHOWN) + 2))
+        lines += [f"## {title}\n", "| edited, by | edits | " + " | ".join(SHOWN) + " | unasked | ms an edit | patch |"]
+        lines.append("|---|---:|" + "---:|" * (len(SHOWN) + 3))
         for row in rows:
             if kind in row:
                 cells = " | ".join(str(row[kind]["figures"].get(column, "")) for column in (*SHOWN, "generality"))
-                lines.append(f"| {row['name']} | {row[kind]['edits']} | {cells} | {row[kind]['edit_ms']:.0f} |")
+                costs = f"{row[kind]['edit_ms']:.0f} | {size(row[kind])}"
+                lines.append(f"| {row['name']} | {row[kind]['edits']} | {cells} | {costs} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -140,16 +209,18 @@ def main() -> None:
     arguments.runs.mkdir(parents=True, exist_ok=True)
     train, test = images.fashion_mnist("train"), images.fashion_test()
     rows = []
-    for name, (make, joint) in networks(train).items():
+    keep = wp.Locality(train.images[REFERENCE : REFERENCE + KEPT])
+    for name, row_of in networks(train).items():
         path = arguments.runs / f"{name.replace(' ', '-').replace(',', '')}.json"
         row = json.loads(path.read_text()) if path.exists() else {"name": name}
         if arguments.only is None or arguments.only in name:
             made = None
             for kind in ("random", "mistakes"):
                 if kind not in row:
-                    made = made or make()
+                    made = made or row_of.make()
                     draw = random_edits(test, EDITS, seed=0) if kind == "random" else all_mistakes(test, made.model)
-                    row[kind] = measure(made, joint, draw[: arguments.edits], test)
+                    most = min(arguments.edits, row_of.edits)
+                    row[kind] = measure(made, row_of.joint, draw[:most], test, keep)
                     path.write_text(json.dumps(row))
                     print(f"{name}: {kind} in {row[kind]['seconds']:.0f} s: {row[kind]['figures']}", flush=True)
         if len(row) > 1:

@@ -18,3 +18,8 @@ def case(request: pytest.FixtureRequest) -> zoo.Case:
 @pytest.fixture(autouse=True, scope="session")
 def _threads() -> None:
     torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)  # what a test draws does not depend on which tests ran before

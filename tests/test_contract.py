@@ -21,6 +21,8 @@ EDITORS = (
     wp.editors.MinimumNorm(),
     wp.editors.Shrink(wp.editors.RMSProp(lr=0.02, max_steps=200)),
     wp.editors.Retry((wp.editors.GradientDescent(lr=1e-9, max_steps=1), wp.editors.Adam(lr=0.01, max_steps=200))),
+    wp.editors.LowRank(wp.editors.Adam(lr=0.02, max_steps=200), rank=2),
+    wp.editors.Bounded(wp.editors.Adam(lr=0.03, max_steps=200), radius=0.025),
 )
 
 

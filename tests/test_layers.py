@@ -8,7 +8,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "weightpatch"
 LAYERS = (
     {"_version", "errors", "_cost"},
-    {"_calling"},
+    {"_calling", "gates"},
     {"constraints", "locality"},
     {"network", "patches"},
     {"problem"},
@@ -21,7 +21,7 @@ LAYERS = (
     {"cli"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-ALLOWED_ABOVE = {"patches": {"errors", "_version"}}
+ALLOWED_ABOVE = {"patches": {"errors", "_version", "gates"}}
 
 
 def imports(path: Path) -> set[str]:

@@ -7,17 +7,17 @@ and write `violation`, differentiable in what the function returns.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import final
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from ._calling import Function, Inputs, check_batch, check_finite_tensor, leaves, outputs
+from ._calling import Function, Inputs, check_batch, check_finite_tensor, leaves, length, outputs
 from .errors import ConflictingConstraints, InvalidInput, ShapeMismatch
 
-__all__ = ["All", "Classified", "Constraint", "Kept", "Within"]
+__all__ = ["All", "Classified", "Constraint", "Kept", "Within", "altered"]
 
 
 class Constraint(ABC):
@@ -180,6 +180,34 @@ class Kept(Constraint):
         with torch.no_grad():
             labels = _logits(function, self.inputs, None).argmax(1)
         return Classified(self.inputs, labels, self.margin)
+
+
+def altered(constraint: Constraint, make: Callable[[Any], Any]) -> Constraint:
+    """Ask of altered copies of the inputs what is asked of the inputs.
+
+    Args:
+        constraint: `Classified`, `Within`, or several of these.
+        make: makes m altered copies of n inputs, (m·n, ...), copy after copy.
+
+    Raises:
+        InvalidInput: a constraint of another kind, or `make` returned another number of items (`ShapeMismatch`).
+
+    >>> wp.edit(model, fix & altered(fix, weightpatch.tasks.images.altered))
+    """
+    if isinstance(constraint, All):
+        return All(tuple(altered(part, make) for part in constraint.parts))
+    if not isinstance(constraint, (Classified, Within)):
+        raise InvalidInput(f"altered was given for demands of kind {constraint.kind}; expected Classified or Within")
+    inputs, n = make(constraint.inputs), length(constraint.inputs)
+    m, rest = divmod(length(inputs), n)
+    if m == 0 or rest:
+        raise ShapeMismatch(
+            f"altered returned {length(inputs)} items for {n}; expected m times as many, copy after copy"
+        )
+    if isinstance(constraint, Classified):
+        return replace(constraint, inputs=inputs, labels=constraint.labels.repeat(m))
+    targets = constraint.targets
+    return replace(constraint, inputs=inputs, targets=targets.repeat(m, *[1] * (targets.ndim - 1)))
 
 
 def check_consistent(constraint: Constraint) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -26,10 +26,12 @@ class Locality:
         inputs: a batch of n items.
         mask: which positions count, bool, the shape of the logits without their class dimension: (n,) or (n, length).
             Positions where it is False (padding) count neither in the sum nor in the mean.
+        answers: the logits to stay with, as `bind` fixes them; those of the model that is edited when not given.
     """
 
     inputs: Inputs
     mask: Tensor | None = None
+    answers: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_batch(self.inputs, "Locality")
@@ -38,13 +40,20 @@ class Locality:
                 "Locality was given a mask that is False everywhere; expected at least one position to count"
             )
 
+    @torch.no_grad()
+    def bind(self, function: Function) -> Locality:
+        """Return what should stay as `function` answers now: what many edits change is then measured together."""
+        return replace(self, answers=outputs(function, self.inputs).detach())
+
     def drift(self, before: Function, after: Function) -> Tensor:
         """Return the mean KL divergence over the positions that count, a scalar in nats.
 
-        The reference `before` is detached: gradient flows through `after` alone.
+        The reference, `before` unless `answers` are bound, is detached: gradient flows through `after` alone.
         """
-        with torch.no_grad():
-            reference = outputs(before, self.inputs).detach()
+        reference = self.answers
+        if reference is None:
+            with torch.no_grad():
+                reference = outputs(before, self.inputs).detach()
         kl = divergence(reference, outputs(after, self.inputs))
         if self.mask is None:
             return kl.mean()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import final
 
@@ -28,12 +28,27 @@ class Problem:
         at: the model with other parameters, as a function of inputs; differentiable in them.
         constraint: what must hold, already bound to today's answers.
         keep: what should stay, or None.
+        narrow: the model with some of these parameters, given their names: a faster `at` for fewer; or None.
     """
 
     start: Params
     at: Callable[[Params], Function]
     constraint: Constraint
     keep: Locality | None = None
+    narrow: Callable[[Sequence[str]], Callable[[Params], Function]] | None = None
+
+    def part(self, names: Sequence[str], start: Params | None = None) -> Problem:
+        """Return the problem in which only some parameters may move.
+
+        Args:
+            names: those that may move.
+            start: where all parameters are; `self.start` when not given.
+        """
+        whole = self.start if start is None else start
+        free = {name: whole[name] for name in names}
+        if start is None and self.narrow is not None:
+            return replace(self, start=free, at=self.narrow(names))
+        return replace(self, start=free, at=lambda params: self.at({**whole, **params}), narrow=None)
 
     def violation(self, params: Params) -> Tensor:
         """Return l_e(params), one number per demand, shape (n,)."""

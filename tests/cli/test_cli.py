@@ -129,7 +129,7 @@ def test_the_journey(small: Path, wrong: int, capsys, tmp_path: Path):
 
 
 def test_a_constraint_that_is_not_met_gives_1_and_no_patch(small: Path, wrong: int, capsys):
-    code, facts = run(*edit(small, wrong, "--margin", "1e6", "--max-steps", "2"), capsys=capsys)
+    code, facts = run(*edit(small, wrong, "--editor", "RMSProp", "--margin", "1e6", "--max-steps", "2"), capsys=capsys)
     assert (code, facts["result"]) == (1, "unsatisfied")
     assert not Path("edit.patch.safetensors").exists()
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 import tyro
 
-EditorName = Literal["GradientDescent", "ScaledGradientDescent", "RProp", "RMSProp", "Momentum", "Adam"]
+EditorName = Literal["Auto", "GradientDescent", "ScaledGradientDescent", "RProp", "RMSProp", "Momentum", "Adam"]
 
 
 @dataclass(frozen=True)
@@ -28,21 +28,30 @@ class Settings:
 
     parameters: tuple[str, ...] = ("*",)
     """Which parameters may move: glob patterns of their names."""
-    editor: EditorName = "RMSProp"
-    """The update rule."""
+    editor: EditorName = "Auto"
+    """The update rule; Auto climbs a ladder, up to the first way within the budget."""
+    budget: float = 0.5
+    """Of Auto: the share of other images that may be answered otherwise, in percent."""
+    altered: bool = False
+    """Of Auto: ask for shifted, turned and noisy copies of the items too."""
     lr: float = 3e-4
-    """Its learning rate."""
+    """Learning rate of the other editors."""
     max_steps: int = 100
-    """The most updates made."""
+    """The most updates they make."""
     keep_weight: float = 100.0
-    """How much KL(before || after) on other images weighs in the loss."""
+    """How much KL(before || after) on other images weighs in their loss."""
     shrink: bool = True
     """Walk back to the smallest step that still holds."""
 
     def make(self) -> Editor:
         """Return the editor."""
         from .. import editors
+        from ..tasks import images
 
+        if self.editor == "Auto":
+            return editors.Auto(
+                budget=editors.Budget(self.budget / 100), altered=images.altered if self.altered else None
+            )
         plain = getattr(editors, self.editor)(lr=self.lr, max_steps=self.max_steps, keep_weight=self.keep_weight)
         return editors.Shrink(plain) if self.shrink else plain
 
@@ -91,7 +100,8 @@ def edit(
         output: Where the patch is written, when the edit holds.
         report: Where to write an HTML report.
         margin: By how much the class must win, in logits.
-        keep: How many of the test images hold the edit back; the others, at least three quarters, measure it.
+        keep: How many of the test images hold the edit back, and are what Auto goes by; the others, at least three
+            quarters, measure it.
         max_drawdown: A gate: the largest loss of test accuracy allowed, in percentage points.
         settings: How to look for the edit.
         reading: How images become tensors.
@@ -110,7 +120,10 @@ def edit(
     wanted = images.labels[rows] if label is None else torch.full_like(rows, class_index(label, images.classes))
     constraint = Classified(images.images[rows], wanted, margin)
     kept, tested = hold_back(images if test is None else reading.load(test), keep)
-    found = run(network, constraint, settings.make(), keep=locality(kept), parameters=settings.parameters)
+    editor = None if settings.editor == "Auto" and not len(kept) else settings.make()
+    found = run(network, constraint, editor, keep=locality(kept), parameters=settings.parameters)
+    for attempt in found.attempts:
+        out.print(f"tried    {attempt}")
     out.print(f"{found}\n{found.result.value}")
     held = found.result in (Result.satisfied, Result.already_satisfied)
     if found.patch is None:
@@ -171,6 +184,7 @@ def _facts(found: Edit) -> dict[str, Any]:
         "steps": found.steps,
         "violation": found.violation,
         "drift": found.drift,
+        "attempts": [asdict(attempt) for attempt in found.attempts],
         "cost": asdict(found.cost),
         "patch": None if found.patch is None else {"id": found.patch.id, "bytes": found.patch.nbytes},
     }

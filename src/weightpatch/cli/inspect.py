@@ -34,7 +34,12 @@ def inspect(patch: Annotated[Path, tyro.conf.Positional], json: bool = False) ->
         )
         table.add_row(*row)
     for name, value in facts.items():
-        if name != "tensors":
+        if name not in ("tensors", "gates"):
             out.print(f"{name:12} {value}")
     out.print(table)
+    if "gates" in facts:
+        table = Table("gate at module", "keys", "features", "bytes")
+        for gate in facts["gates"]:
+            table.add_row(gate["name"], str(gate["keys"]), f"{gate['width']} to {gate['out']}", str(gate["bytes"]))
+        out.print(table)
     return Answer(facts)

@@ -1,9 +1,13 @@
 """Editors: how parameters move until a constraint holds. One method a file; wrappers instead of subclasses."""
 
 from .adam import Adam
-from .base import Certificate, Editor, IterativeEditor, Solution, iterate
+from .auto import Auto, Budget, Rung
+from .base import Attempt, Certificate, Editor, IterativeEditor, Solution, iterate
+from .bounded import Bounded
+from .gate import Gate
 from .gradient_descent import GradientDescent
 from .ladder import ladder
+from .low_rank import LowRank
 from .metric import LayerMetric, Metric
 from .minimum_norm import MinimumNorm
 from .momentum import Momentum
@@ -16,11 +20,17 @@ from .shrink import Shrink
 
 __all__ = [
     "Adam",
+    "Attempt",
+    "Auto",
+    "Bounded",
+    "Budget",
     "Certificate",
     "Editor",
+    "Gate",
     "GradientDescent",
     "IterativeEditor",
     "LayerMetric",
+    "LowRank",
     "Metric",
     "MinimumNorm",
     "Momentum",
@@ -28,6 +38,7 @@ __all__ = [
     "RMSProp",
     "RProp",
     "Retry",
+    "Rung",
     "ScaledGradientDescent",
     "Shrink",
     "Solution",

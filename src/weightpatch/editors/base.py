@@ -52,6 +52,39 @@ class Certificate:
 
 @final
 @dataclass(frozen=True, eq=False)
+class Attempt:
+    """What one rung of `Auto` came to.
+
+    Attributes:
+        name: of the rung.
+        held: whether every demand was met.
+        within: whether that was within the budget.
+        changed: the share of the kept answers that became others; None where nothing is kept.
+        drift: KL(before || after) on the kept inputs, nats; None likewise.
+        generality: the share of the altered copies for which the demands hold; None without them.
+        steps: how many updates it took.
+        seconds: what it took.
+    """
+
+    name: str
+    held: bool
+    within: bool
+    changed: float | None
+    drift: float | None
+    generality: float | None
+    steps: int
+    seconds: float
+
+    def __str__(self) -> str:
+        parts = ["taken" if self.within else "over the budget" if self.held else "does not hold"]
+        parts += [] if self.changed is None else [f"changes {100 * self.changed:.2f} % of what is kept"]
+        parts += [] if self.drift is None else [f"drift {self.drift:.2g} nats"]
+        parts += [] if self.generality is None else [f"generality {100 * self.generality:.0f} %"]
+        return f"{self.name}: {', '.join(parts)}, {self.steps} steps, {1000 * self.seconds:.0f} ms"
+
+
+@final
+@dataclass(frozen=True, eq=False)
 class Solution:
     """What an editor hands back. It never grades itself; the driver does.
 
@@ -59,15 +92,24 @@ class Solution:
         params: where it arrived.
         steps: how many updates it made.
         certificate: what an exact method can say about its answer.
+        attempts: what a ladder tried, in turn.
+        within: whether its own budget is kept.
     """
 
     params: Params
     steps: int
     certificate: Certificate | None = None
+    attempts: tuple[Attempt, ...] = ()
+    within: bool = True
 
 
 class Editor(ABC):
     """A way to move parameters until a problem is solved."""
+
+    @property
+    def slots(self) -> Mapping[str, int]:
+        """For how many keys it needs room at which layers: the driver adds it; see `Gate`."""
+        return {}
 
     @abstractmethod
     def run(self, problem: Problem) -> Solution:

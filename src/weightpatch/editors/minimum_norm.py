@@ -37,7 +37,7 @@ class MinimumNorm(Editor):
         max_steps: the most rounds.
         radius: where answers are not affine, what one round may add to the outputs of the edited layers together, in
             root mean square on the reference data and relative to these outputs' own; without a metric, in the
-            parameters' own norm.
+            parameters' own norm, and without bound where that is 0.
 
     >>> MinimumNorm(metric=moments.metric())
     """
@@ -155,7 +155,7 @@ class _Search:
         if not self.affine:
             way = dual.multipliers - self._weights
             length = math.sqrt(max(float(way @ self._gram @ way), 0.0))
-            reach = radius * (math.sqrt(self._power) if self._power else float(self._start.norm()))
+            reach = radius * (math.sqrt(self._power) if self._power else float(self._start.norm())) or math.inf
             share = min(1.0, reach / length) if length else 1.0
         self._weights = self._weights + share * (dual.multipliers - self._weights)
         self._delta = target if share == 1.0 else self._combined(self._weights)

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._calling import Inputs, Params, length
+from .._calling import Inputs, Params
 from .._cost import measured
-from ..constraints import All, Classified, Constraint, Within
+from ..constraints import All, Classified, Constraint, Within, altered
 from ..editing import Result, Solved, solve
 from ..editors import Editor
-from ..errors import InvalidInput, ShapeMismatch
+from ..errors import InvalidInput
 from ..locality import Locality
 from ..network import Network, preserved_rng
 from .log import Log
@@ -62,11 +62,15 @@ class Bench:
     log: Log
     progress: Callable[[Sequence[Row]], None] = field(default=_silent)
 
-    def make(self, network: Network, index: int) -> tuple[Row, Solved]:
-        """Make one edit of the set; return its row, without impact, and the weights that were found."""
+    def make(self, network: Network, index: int, earlier: Sequence[Constraint] = ()) -> tuple[Row, Solved]:
+        """Make one edit of the set; return its row, without impact, and the weights that were found.
+
+        With earlier demands, the constraint that was solved is ``All((this, *earlier))``.
+        """
+        asked = All((self.edits[index], *earlier)) if earlier else self.edits[index]
         with _seeded(index, network.device):
             with measured(network.device) as cost:
-                solved = solve(network, self.edits[index], self.editor, self.keep)
+                solved = solve(network, asked, self.editor, self.keep)
             held_already = solved.result is Result.already_satisfied
             generality = None if held_already else self._generality(network, index, solved.params)
         violation = solved.after if math.isfinite(solved.after) else None
@@ -97,25 +101,12 @@ class Bench:
             kind = self.edits[index].kind
             raise InvalidInput(f"altered was given for edits of kind {kind}; expected Classified or Within")
         with network.isolated():
-            held = [_altered(part, self.altered).met(network.full(params)) for part in parts]
+            held = [altered(part, self.altered).met(network.full(params)) for part in parts]
         return float(torch.cat(held).double().mean())
 
 
 def _parts(constraint: Constraint) -> Sequence[Constraint]:
     return constraint.parts if isinstance(constraint, All) else (constraint,)
-
-
-def _altered(part: Classified | Within, alter: Callable[[Inputs], Inputs]) -> Classified | Within:
-    """Ask of altered inputs what was asked of the inputs."""
-    inputs, n = alter(part.inputs), length(part.inputs)
-    m, rest = divmod(length(inputs), n)
-    if m == 0 or rest:
-        raise ShapeMismatch(
-            f"altered returned {length(inputs)} items for {n}; expected m times as many, copy after copy"
-        )
-    if isinstance(part, Classified):
-        return replace(part, inputs=inputs, labels=part.labels.repeat(m))
-    return replace(part, inputs=inputs, targets=part.targets.repeat(m, *[1] * (part.targets.ndim - 1)))
 
 
 @contextmanager

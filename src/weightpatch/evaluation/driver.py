@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._calling import check_batch
 from ..constraints import Constraint
-from ..editing import Result
+from ..editing import Result, prepared
 from ..editors import Editor
 from ..errors import InvalidInput
 from ..locality import Locality
@@ -74,13 +74,14 @@ def evaluate(
     inputs, labels = test
     check_labels(labels, check_batch(inputs, "evaluate"))
     check_finite(model)
-    network = Network(model, parameters)
-    header = _header(model, network, edits, editor, (inputs, labels), keep, altered, protocol)
+    whole = model
+    editor, model, network = prepared(model, parameters, editor, keep)
+    header = _header(whole, network, edits, editor, (inputs, labels), keep, altered, protocol)
     with Log(results, header) as log, _progress(len(edits), progress) as show:
         predictor = FastPredictor(model, network, inputs, batch_size, log.header.get("drift_items"))
         if predictor.untraced_because:
             reason = predictor.untraced_because
-            warnings.warn(f"{type(model).__name__} is judged as it is, which takes longer: {reason}", stacklevel=2)
+            warnings.warn(f"{type(whole).__name__} is judged as it is, which takes longer: {reason}", stacklevel=2)
         log.start(drift_items=predictor.drift_items)
         labels = labels.to(predictor.base.device)
         bench = Bench(model, network, edits, editor, keep, altered, predictor, labels, log, show)

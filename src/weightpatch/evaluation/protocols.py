@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
-from glob import escape
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import final
 
-from torch import nn
+import torch
+from torch import Tensor
 
-from .._calling import Params
-from ..constraints import Constraint
+from ..constraints import All, Classified, Constraint
 from ..editing import Result
 from ..errors import InvalidInput
-from ..network import Network, structural_clone
+from ..network import Network
 from .bench import Bench
 from .report import Checkpoint, Row, decode_checkpoint, decode_row, encode_row
 
@@ -53,9 +53,12 @@ class Sequential(Protocol):
 
     Args:
         checkpoints: after how many edits the model is measured, increasing.
+        remember: whether each edit is asked to meet the demands of all earlier ones too. What is kept are the answers
+            of the unedited model in any case, so that a budget is that of all edits together.
     """
 
     checkpoints: tuple[int, ...] = (1, 10, 25, 50, 100)
+    remember: bool = False
 
     def __post_init__(self) -> None:
         points = self.checkpoints
@@ -72,15 +75,18 @@ class Sequential(Protocol):
         done = {point.edits for point in found}
         rows: list[Row] = []
         bound: list[Constraint] = []
-        model, network = structural_clone(bench.model), bench.network
+        network = bench.network
+        if bench.keep is not None:
+            bench = replace(bench, keep=bench.keep.bind(network.before))
         for count in range(1, len(bench.edits) + 1):
-            row, solved = bench.make(network, count - 1)
+            row, solved = bench.make(network, count - 1, _merged(bound) if self.remember else ())
             if count > len(logged):
                 bench.log.append({"row": encode_row(row)})
             rows.append(row if count > len(logged) else _checked(row, logged[count - 1]))
-            bound.append(solved.constraint)
+            parts = solved.constraint.parts if isinstance(solved.constraint, All) and self.remember else ()
+            bound.append(parts[0] if bound and parts else solved.constraint)
             if solved.result not in (Result.nonfinite, Result.already_satisfied):
-                network = _moved(model, solved.params)
+                network = network.restarted(solved.params)
             if count in points - done:
                 found.append(_measured(bench, network, bound))
                 bench.log.append({"checkpoint": asdict(found[-1])})
@@ -88,18 +94,27 @@ class Sequential(Protocol):
         return rows, found
 
 
+def _merged(bound: Sequence[Constraint]) -> list[Constraint]:
+    """Ask of all inputs at once what is asked of each, where they can be joined."""
+    groups: dict[tuple[float, torch.Size], list[tuple[Tensor, Tensor]]] = {}
+    rest: list[Constraint] = []
+    for part in bound:
+        if isinstance(part, Classified) and isinstance(part.inputs, Tensor):
+            groups.setdefault((part.margin, part.inputs.shape[1:]), []).append((part.inputs, part.labels))
+        else:
+            rest.append(part)
+    joined = []
+    for key, pairs in groups.items():
+        inputs, labels = (torch.cat(some) for some in zip(*pairs, strict=True))
+        joined.append(Classified(inputs, labels, key[0]))
+    return [*joined, *rest]
+
+
 def _measured(bench: Bench, network: Network, bound: list[Constraint]) -> Checkpoint:
     params = network.rounded(network.start)
     with network.isolated():
         held = [constraint.satisfied(network.full(params)) for constraint in bound]
     return Checkpoint(len(held), sum(held), bench.impact(params))
-
-
-def _moved(model: nn.Module, params: Params) -> Network:
-    """Give a clone other weights, in memory of its own, and look at it anew."""
-    for name, value in params.items():
-        model.get_parameter(name).data = value.clone()
-    return Network(model, [escape(name) for name in params])
 
 
 def _checked(row: Row, logged: Row) -> Row:

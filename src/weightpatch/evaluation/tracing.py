@@ -33,6 +33,8 @@ class Trace:
     """
 
     def __init__(self, model: nn.Module, names: tuple[str, ...], *, whole: bool = False) -> None:
+        if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+            raise TypeError("its modules have forward hooks, which a trace leaves out")
         graph = fx.Tracer().trace(model)
         own = dict(model.named_parameters(remove_duplicate=False))
         edited = {id(own[name]): name for name in names}

@@ -6,16 +6,20 @@ from .live import LiveNetwork
 from .network import Network
 from .passes import Recording
 from .scope import ParameterRow, check_finite, explain, select
+from .slots import GATE, noted, with_slots
 
 __all__ = [
+    "GATE",
     "LiveNetwork",
     "Network",
     "ParameterRow",
     "Recording",
     "check_finite",
     "explain",
+    "noted",
     "preserved_rng",
     "select",
     "structural_clone",
     "twice_differentiable",
+    "with_slots",
 ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from glob import escape
 from typing import Any
 
 import torch
@@ -45,11 +47,13 @@ class Network:
 
     def __init__(self, model: nn.Module, parameters: str | Sequence[str] = "*", *, replay: bool = True) -> None:
         clone = structural_clone(model)
+        self._source, self._replay, self._narrowed = model, replay, dict[tuple[str, ...], Network]()
         self.names = select(model, parameters)
         own = dict(clone.named_parameters())
         with torch.inference_mode(False), torch.no_grad():
             rounded = {name: own[name].detach().clone() for name in self.names}
             self.start: Params = {name: value.to(_master(value.dtype)) for name, value in rounded.items()}
+        self._source_start = self.start
         self._dtypes = {name: value.dtype for name, value in rounded.items()}
         self._casts = any(self._dtypes[name] != value.dtype for name, value in self.start.items())
         self._first = next(iter(own.items()))
@@ -91,6 +95,34 @@ class Network:
     def full(self, params: Params) -> Function:
         """Return the same function as `at`, by full passes: the reference that replays are held to."""
         return self._function(params, self._replayer.full)
+
+    def restarted(self, params: Params) -> Network:
+        """Return the same view with other parameters to start from; what is recorded serves both.
+
+        Args:
+            params: all free parameters.
+        """
+        self._check(params)
+        view = copy.copy(self)
+        view.start = {name: value.detach().to(self.start[name].dtype) for name, value in params.items()}
+        view._before = view.at(view.start)
+        return view
+
+    def narrow(self, names: Sequence[str]) -> Callable[[Params], Function]:
+        """Return `at` for some of the free parameters alone, the others being as in `start`: passes replay more.
+
+        Args:
+            names: those that are given.
+        """
+        moved = [n for n in self.names if n not in names and not torch.equal(self.start[n], self._source_start[n])]
+        key = tuple(name for name in self.names if name in names or name in moved)
+        if key == tuple(self.names):
+            whole: Callable[[Params], Function] = lambda params: self.at({**self.start, **params})  # noqa: E731
+            return whole
+        if key not in self._narrowed:
+            self._narrowed[key] = Network(self._source, [escape(name) for name in key], replay=self._replay)
+        network, fixed = self._narrowed[key], {name: self.start[name] for name in moved}
+        return lambda params: network.at({**fixed, **params})
 
     def rounded(self, params: Params) -> Params:
         """Return detached copies of parameters in the model's own dtypes."""

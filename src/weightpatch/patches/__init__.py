@@ -10,6 +10,7 @@ from .format import describe
 from .manifest import Entry, Manifest
 
 if TYPE_CHECKING:
+    from ..gates import Gate
     from .applying import base_fingerprint
     from .hashing import fingerprint
     from .operations import Full, LowRank, Operation, Rows, Sparse, encode
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Entry",
     "Full",
+    "Gate",
     "LowRank",
     "Manifest",
     "Operation",
@@ -38,19 +40,20 @@ __all__ = [
 ]
 
 _HOMES = {
-    "applying": ("base_fingerprint",),
-    "hashing": ("fingerprint",),
-    "operations": ("Full", "LowRank", "Operation", "Rows", "Sparse", "encode"),
-    "patch": ("Patch", "applied"),
-    "stack": ("compose",),
-    "weights": ("Weights", "load_weights", "save_weights"),
+    "..gates": ("Gate",),
+    ".applying": ("base_fingerprint",),
+    ".hashing": ("fingerprint",),
+    ".operations": ("Full", "LowRank", "Operation", "Rows", "Sparse", "encode"),
+    ".patch": ("Patch", "applied"),
+    ".stack": ("compose",),
+    ".weights": ("Weights", "load_weights", "save_weights"),
 }
 
 
 def __getattr__(name: str) -> Any:
     for home, names in _HOMES.items():
         if name in names:
-            value = globals()[name] = getattr(import_module(f".{home}", __name__), name)
+            value = globals()[name] = getattr(import_module(home, __name__), name)
             return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

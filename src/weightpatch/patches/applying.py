@@ -1,24 +1,34 @@
 """Applying patches to a live model, and taking them off again, bit for bit.
 
-What reverting needs travels with the model as one private attribute, outside of its state dict. Everything is computed
-and checked before the first write; an error or interrupt between two writes puts everything back.
+What reverting needs travels with the model as one private attribute, outside of its state dict; gates are one forward
+hook a module. Everything is computed and checked before the first write; an error or interrupt between two writes puts
+everything back.
 """
 
-from collections.abc import Mapping
+import difflib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import BaseMismatch, NotEditable
+from ..gates import GateHook, sizes
 from .composition import Layer
-from .hashing import combined, digests, named_tensors
+from .hashing import combined, digests, named_tensors, uncompiled
 from .stack import State, with_layer, without_layer
 
 _ATTRIBUTE = "_weightpatch"
+# A hook's key is a number that torch counts up from 0 in every process: an unpickled model's would be given out again
+_KEY: int = "weightpatch"  # type: ignore[assignment]
+
+Hooks = Sequence[tuple[nn.Module, GateHook | None]]
 
 
 def state_of(model: nn.Module) -> State | None:
     """What the model remembers of its patches; None for a model without."""
-    found = model.__dict__.get(_ATTRIBUTE)
+    found = _inner(model).__dict__.get(_ATTRIBUTE)
     return found if isinstance(found, State) else None
 
 
@@ -30,28 +40,94 @@ def base_fingerprint(model: nn.Module) -> str:
 
 def apply(model: nn.Module, layer: Layer) -> None:
     """Apply a patch in place; see `Patch.apply`."""
-    tensors = named_tensors(model)
-    _write(model, tensors, *with_layer(tensors, state_of(model), layer))
+    _change(model, layer, with_layer)
 
 
 def revert(model: nn.Module, layer: Layer) -> None:
     """Take a patch off in place; see `Patch.revert`."""
+    _change(model, layer, without_layer)
+
+
+def _change(model: nn.Module, layer: Layer, how: Callable[..., tuple[State, dict[str, Tensor]]]) -> None:
+    model = _inner(model)
     tensors = named_tensors(model)
-    _write(model, tensors, *without_layer(tensors, state_of(model), layer))
+    state, values = how(tensors, state_of(model), layer)
+    _write(model, tensors, state, values, _hooks(model, state, layer))
 
 
-def _write(model: nn.Module, tensors: Mapping[str, Tensor], state: State, values: Mapping[str, Tensor]) -> None:
+def _write(
+    model: nn.Module, tensors: Mapping[str, Tensor], state: State, values: Mapping[str, Tensor], hooks: Hooks
+) -> None:
     before = {name: tensors[name].detach().clone() for name in values}
+    hung = [(part, dict(part._forward_hooks), dict(part._forward_hooks_with_kwargs)) for part, _ in hooks]
     earlier = state_of(model)
     try:
+        if hooks and "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # compiled graphs do not look whether hooks come or go
         for name, value in values.items():
             _put(tensors[name], value)
+        for part, hook in hooks:
+            _hang(part, hook)
         _remember(model, state)
     except BaseException:
         for name, value in before.items():
             _put(tensors[name], value)
+        for part, all_hooks, with_kwargs in hung:
+            _restore(part._forward_hooks, all_hooks)
+            _restore(part._forward_hooks_with_kwargs, with_kwargs)
         _remember(model, earlier)
         raise
+
+
+def _hooks(model: nn.Module, state: State, moved: Layer) -> Hooks:
+    """The modules that the `moved` patch gates, each with its hook for all patches that are then on, or None."""
+    modules = {uncompiled(name): _inner(part) for name, part in model.named_modules(remove_duplicate=False) if name}
+    found = []
+    for name in {modules.get(name): name for name in sorted(moved.gates)}.values():
+        if (part := modules.get(name)) is None:
+            near = difflib.get_close_matches(name, modules, 3, 0.3) or list(modules)[-3:]
+            raise BaseMismatch(
+                f"patch {moved.id[:12]} gates {name!r}, which the model does not have; "
+                f"the nearest of its modules are {', '.join(map(repr, near))}"
+            )
+        if isinstance(part, torch.jit.ScriptModule):
+            raise NotEditable(f"module {name!r} is TorchScript, which runs no hooks; use the eager module it came from")
+        # Patches come after those that they require: where keys are equally near, the later patch has the last word
+        gates = [
+            (layer, gate)
+            for layer in reversed(state.layers)
+            for other, gate in sorted(layer.gates.items())
+            if modules.get(other) is part
+        ]
+        own = sizes(part) or {gate.sizes for _, gate in gates[-1:]}
+        for layer, gate in gates:
+            if gate.sizes not in own:
+                raise BaseMismatch(
+                    f"patch {layer.id[:12]} gates {name!r} from {gate.sizes[0]} to {gate.sizes[1]} features; "
+                    f"it has {' or '.join(f'{width} to {out}' for width, out in sorted(own))}"
+                )
+        found.append((part, GateHook(name, part, [gate for _, gate in gates]) if gates else None))
+    return found
+
+
+def _inner(module: nn.Module) -> nn.Module:
+    """The module itself, without torch.compile's wrapper around it."""
+    found = module.__dict__.get("_modules", {}).get("_orig_mod") if type(module).__name__ == "OptimizedModule" else None
+    return found if isinstance(found, nn.Module) else module
+
+
+def _hang(part: nn.Module, hook: GateHook | None) -> None:
+    if hook is None:
+        part._forward_hooks.pop(_KEY, None)
+        part._forward_hooks_with_kwargs.pop(_KEY, None)
+    else:
+        part._forward_hooks_with_kwargs[_KEY] = True
+        part._forward_hooks[_KEY] = hook  # in the place of an earlier one, where there is one
+
+
+def _restore(now: dict[int, Any], before: Mapping[int, Any]) -> None:
+    now.clear()
+    now.update(before)
 
 
 def _put(tensor: Tensor, value: Tensor) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PatchConflict
+from ..gates import Gate
 from .manifest import Manifest
 from .operations import Operation
 from .rounding import rounded
@@ -32,6 +33,10 @@ class Layer(Protocol):
     @property
     def operations(self) -> Mapping[str, Operation]:
         """What it does, tensor by tensor."""
+
+    @property
+    def gates(self) -> Mapping[str, Gate]:
+        """What it adds to the outputs of modules, by their names."""
 
 
 L = TypeVar("L", bound=Layer)

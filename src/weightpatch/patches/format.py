@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from ..errors import InvalidInput, PatchDamaged
 from . import files
-from .manifest import CODES, LIMIT, PARTS, Entry, Manifest
+from .manifest import CODES, GATE, LIMIT, PARTS, Entry, Manifest
 
 KEY = "weightpatch-patch"
 HEADER_LIMIT = 2**20
@@ -28,7 +28,7 @@ SIZES = {"U8": 1, "I16": 2, "I32": 4, "I64": 8, "F16": 2, "BF16": 2, "F32": 4, "
 
 _INDEX = {"U8": "<u1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
 _EXPONENT = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52)}
-_NAME = re.compile(r"[0-9]{4}\.(left|right|index|values)")
+_NAME = re.compile(r"[0-9]{4}\.(left|right|index|values|keys|radii)")
 _BLANK = "0" * 64
 _CHUNK = 2**20
 
@@ -85,8 +85,10 @@ def parse(data: bytes | bytearray | memoryview) -> Content:
     content = Content(manifest, arrays, identity)
     for number, entry in enumerate(manifest.tensors):
         check_operation(entry, {part: arrays.get(f"{number:04}.{part}") for part in PARTS[entry.kind]})
-    if len(arrays) != sum(len(PARTS[entry.kind]) for entry in manifest.tensors):
-        _refuse("there are tensors that no operation uses")
+    for number, name in enumerate(manifest.gates, len(manifest.tensors)):
+        check_gate(name, [arrays.get(f"{number:04}.{part}") for part in GATE])
+    if len(arrays) != sum(len(PARTS[entry.kind]) for entry in manifest.tensors) + len(GATE) * len(manifest.gates):
+        _refuse("there are tensors that nothing uses")
     found, (head, *_) = encode(content)
     if found != identity:
         _refuse("its content is not what was saved (the SHA-256 differs)")
@@ -109,7 +111,7 @@ def read(path: str | os.PathLike[str]) -> Content:
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A checked patch file's manifest as plain values, with its id and the bytes that each operation takes."""
+    """A checked patch file's manifest as plain values, with its id and what each operation and gate takes."""
     content = read(path)
     plain = content.manifest.to_json() | {"id": content.id}
     for number, entry in enumerate(content.manifest.tensors):
@@ -117,6 +119,15 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         plain["tensors"][number] |= {
             "bytes": sum(len(part.data) for part in parts),
             "parts": {part: list(array.shape) for part, array in zip(PARTS[entry.kind], parts, strict=True)},
+        }
+    for number, name in enumerate(content.manifest.gates, len(content.manifest.tensors)):
+        keys, radii, values = (content.arrays[f"{number:04}.{part}"] for part in GATE)
+        plain["gates"][number - len(content.manifest.tensors)] = {
+            "name": name,
+            "keys": keys.shape[0],
+            "width": keys.shape[1],
+            "out": values.shape[1],
+            "bytes": sum(len(part.data) for part in (keys, radii, values)),
         }
     return plain | {"bytes": os.stat(path).st_size}
 
@@ -149,6 +160,24 @@ def check_operation(entry: Entry, parts: Mapping[str, Array | None]) -> None:
         index = np.frombuffer(arrays["index"].data, dtype=_INDEX[arrays["index"].code])
         if index[0] < 0 or index[-1] >= limit or not np.all(index[1:] > index[:-1]):
             _refuse(f"{where} has an index that is out of range or not in rising order")
+
+
+def check_gate(name: str, parts: Sequence[Array | None]) -> None:
+    """Refuse (`PatchDamaged`) keys, radii and values that are missing, ill-shaped or not finite, and negative radii."""
+    where = f"gate {name!r}"
+    arrays = [array for array in parts if array is not None and array.code in _EXPONENT]
+    shapes = [array.shape for array in arrays]
+    if (
+        [len(shape) for shape in shapes] != [2, 1, 2]
+        or len({shape[0] for shape in shapes}) != 1
+        or 0 in sum(shapes, ())
+    ):
+        _refuse(f"{where} has parts of the shapes {shapes}; expected keys (m, width), radii (m,), values (m, out)")
+    for part, array in zip(GATE, arrays, strict=True):
+        _check_finite(array, f"{where}, {part},")
+    bits = np.frombuffer(arrays[1].data, dtype=_EXPONENT[arrays[1].code][0])
+    if np.any(bits > 1 << (8 * bits.itemsize - 1)):  # the sign, and then more than a zero
+        _refuse(f"{where} has a negative radius")
 
 
 def _wanted(entry: Entry, arrays: Mapping[str, Array]) -> dict[str, tuple[str, tuple[int, ...]]]:

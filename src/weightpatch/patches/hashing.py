@@ -9,14 +9,17 @@ from torch import Tensor, nn
 
 from ..errors import NotEditable
 
+_PACKED = "__torch__.torch.classes.quantized."
 _CHUNK = 2**22  # bytes that are hashed, and brought from another device, at a time
 
 
 def fingerprint(weights: nn.Module | Mapping[str, Tensor]) -> str:
     """The SHA-256 (64 hex digits) over the sorted names, types, shapes and bytes of parameters and persistent buffers.
 
-    A model and its state dict have the same one; device, memory layout and order do not matter, every bit does.
-    Raises `NotEditable` for tensors whose values cannot be read: meta, quantised, sparse, sharded.
+    A model and its state dict have the same one; device, memory layout and order do not matter, every bit does. What
+    torch.compile has wrapped counts as what is inside. Packed weights of quantised modules count for a model, though
+    its state dict does not hold them as tensors. Raises `NotEditable` for tensors whose values cannot be read: meta,
+    quantised, sparse, sharded.
     """
     return combined(digests(named_tensors(weights)))
 
@@ -67,12 +70,39 @@ def tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return found
 
 
+def uncompiled(name: str) -> str:
+    """The name that a tensor or module has without torch.compile's wrappers around modules."""
+    return ".".join(part for part in name.split(".") if part not in ("", "_orig_mod"))
+
+
 def _of_module(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters(remove_duplicate=False)
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        yield uncompiled(name), parameter
     for prefix, part in module.named_modules(remove_duplicate=False):
         for name, buffer in part._buffers.items():
             if buffer is not None and name not in part._non_persistent_buffers_set:
-                yield f"{prefix}.{name}".removeprefix("."), buffer
+                yield uncompiled(f"{prefix}.{name}"), buffer
+        for name, value in vars(part).items():
+            if isinstance(value, torch.ScriptObject) and str(value._type()).startswith(_PACKED):
+                found = hashlib.sha256("".join(_lines(value.__getstate__())).encode()).digest()
+                yield uncompiled(f"{prefix}.{name}"), torch.tensor(list(found), dtype=torch.uint8, device="cpu")
+
+
+def _lines(packed: object) -> Iterator[str]:
+    """What tells packed weights from others: digests of their tensors, and everything else as text, one a line."""
+    if isinstance(packed, tuple | list):
+        yield f"{len(packed)}\n"
+        for item in packed:
+            yield from _lines(item)
+    elif not isinstance(packed, Tensor):
+        yield f"{packed!r}\n"
+    elif not packed.is_quantized:
+        yield f"{digest(packed)}\n"
+    elif packed.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        yield f"{digest(packed.int_repr())} {packed.q_scale().hex()} {packed.q_zero_point()}\n"
+    else:
+        scales, zeros = packed.q_per_channel_scales(), packed.q_per_channel_zero_points()
+        yield f"{digest(packed.int_repr())} {digest(scales)} {digest(zeros)} {packed.q_per_channel_axis()}\n"
 
 
 def _check_readable(name: str, tensor: Tensor) -> None:

@@ -1,7 +1,7 @@
 """What a patch says about itself: the manifest, checked field by field; needs no torch."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import isfinite
@@ -11,6 +11,7 @@ from ..errors import InvalidInput, PatchDamaged
 
 FORMAT = "weightpatch-patch/1"
 LIMIT = 10_000  # tensors in a patch, and patches that one may require
+GATE = ("keys", "radii", "values")  # the parts of a gate
 PARTS = {"full": ("values",), "lowrank": ("left", "right"), "rows": ("index", "values"), "sparse": ("index", "values")}
 CODES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 
@@ -67,7 +68,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Which base a patch changes, after which patches, made how, and tensor by tensor what it does."""
+    """Which base a patch changes, after which others, made how, what it does to each tensor, and what it gates."""
 
     base: str
     requires: tuple[str, ...] = ()
@@ -78,6 +79,7 @@ class Manifest:
     versions: Mapping[str, Scalar] = field(default_factory=dict)
     tensors: tuple[Entry, ...] = ()
     format: str = FORMAT
+    gates: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check(self.format == FORMAT, "format", self.format, f"{FORMAT}; a newer weightpatch may read it")
@@ -95,19 +97,27 @@ class Manifest:
         _check(_rising(names), "tensors", names, "each name once, in rising order")
         every = [name for entry in self.tensors for name in entry.names]
         _check(len(set(every)) == len(every), "tensors", every, "no name under two tensors")
+        most = LIMIT - len(self.tensors)
+        _check(isinstance(self.gates, tuple) and len(self.gates) <= most, "gates", "...", f"at most {most}")
+        for name in self.gates:
+            check_name(name, "module name")
+        _check(_rising(self.gates), "gates", self.gates, "each module once, in rising order")
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as plain dicts, lists and scalars."""
         plain = {name: getattr(self, name) for name in _MANIFEST}
         plain |= {name: dict(plain[name]) for name in ("settings", "metrics", "versions")}
-        return plain | {"requires": list(self.requires), "tensors": [entry.to_json() for entry in self.tensors]}
+        plain |= {"requires": list(self.requires), "tensors": [entry.to_json() for entry in self.tensors]}
+        gates = {"gates": list(plain.pop("gates"))}
+        return plain | gates if self.gates else plain  # a patch without gates reads as it did before there were any
 
     @classmethod
     def from_json(cls, plain: object) -> "Manifest":
         """The manifest of `to_json`; anything else is `PatchDamaged`."""
         try:
-            fields = _fields(plain, _MANIFEST, "the manifest")
-            fields["requires"] = _tuple(fields["requires"], "requires")
+            wanted = [name for name in _MANIFEST if name != "gates" or (isinstance(plain, dict) and name in plain)]
+            fields = _fields(plain, wanted, "the manifest")
+            fields |= {name: _tuple(fields[name], name) for name in ("requires", "gates") if name in fields}
             fields["tensors"] = tuple(Entry.from_json(item) for item in _tuple(fields["tensors"], "tensors"))
             return cls(**fields)
         except InvalidInput as error:
@@ -118,11 +128,11 @@ _MANIFEST = tuple(Manifest.__dataclass_fields__)
 _ENTRY = tuple(Entry.__dataclass_fields__)
 
 
-def check_name(name: object) -> None:
-    """Refuse (`InvalidInput`) what no parameter is called: path-like, unprintable or very long names."""
+def check_name(name: object, what: str = "tensor name") -> None:
+    """Refuse (`InvalidInput`) what no parameter or module is called: path-like, unprintable or very long names."""
     fine = isinstance(name, str) and 0 < len(name) <= 256 and name.isprintable() and not re.search(r"[/\\]", name)
     wanted = "1 to 256 printable characters, dots between non-empty parts, no slash"
-    _check(fine and all(str(name).split(".")), "tensor name", name, wanted)
+    _check(fine and all(str(name).split(".")), what, name, wanted)
 
 
 def _check(fine: bool, what: str, given: object, wanted: str) -> None:
@@ -157,7 +167,7 @@ def _rising(values: list[str] | tuple[str, ...]) -> bool:
     return all(a < b for a, b in pairwise(values))
 
 
-def _fields(plain: object, names: tuple[str, ...], what: str) -> dict[str, Any]:
+def _fields(plain: object, names: Sequence[str], what: str) -> dict[str, Any]:
     if not isinstance(plain, dict) or set(plain) != set(names):
         found = sorted(map(str, plain)) if isinstance(plain, dict) else plain
         raise InvalidInput(f"{what} has the fields {found!r}"[:300] + f"; expected {sorted(names)}")

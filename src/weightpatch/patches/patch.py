@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..errors import BaseMismatch, InvalidInput
+from ..gates import Gate
 from . import applying, files
 from .format import Array, Content, encode, parse, read
 from .hashing import as_bytes, digest, tied
-from .manifest import CODES, PARTS, Entry, Manifest, Scalar
+from .manifest import CODES, GATE, PARTS, Entry, Manifest, Scalar
 from .operations import INDEX, Full, LowRank, Operation, Rows, Sparse
 from .operations import encode as encode_operation
 
@@ -28,13 +29,14 @@ _KINDS = {kind.kind: kind for kind in (Full, LowRank, Rows, Sparse)}
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Patch:
-    """What an edit changed: operations on named tensors, and a manifest that says of which weights, and how made.
+    """What an edit changed: operations on named tensors, gates at modules, and a manifest: of which weights, how made.
 
     A patch is a value: equal content gives the same `id`, the same bytes and `==`. Its tensors are not to be written.
     """
 
     operations: Mapping[str, Operation]
     manifest: Manifest
+    gates: Mapping[str, Gate] = field(default_factory=dict)
 
     @classmethod
     def between(
@@ -49,14 +51,15 @@ class Patch:
         settings: Mapping[str, Scalar] | None = None,
         metrics: Mapping[str, Scalar] | None = None,
         exact: bool = False,
+        gates: Mapping[str, Gate] | None = None,
     ) -> "Patch":
         """The patch that makes the tensors `new` of the tensors `base`, which are all of the model's, or some.
 
         With the model's whole state dict as `base` the patch also knows the other names of tied tensors. `fingerprint`
         is the `base_fingerprint` of the model, `requires` the ids of the patches that are applied to it. Unchanged
         tensors are left out. Without `exact`, a tensor may be stored by its low-rank difference and then differ from
-        `new` by rounding steps: `result` gives the weights as they will be. Raises `InvalidInput` (`ShapeMismatch`,
-        `NonFinite`) and `NotEditable`.
+        `new` by rounding steps: `result` gives the weights as they will be. `gates` are given by the names of the
+        modules whose outputs they correct. Raises `InvalidInput` (`ShapeMismatch`, `NonFinite`) and `NotEditable`.
         """
         groups = _groups(base, new)
         found = {names[0]: encode_operation(base[names[0]], new[names[0]], exact=exact) for names in groups}
@@ -73,8 +76,9 @@ class Patch:
             dict(metrics or {}),
             {"weightpatch": __version__, "torch": torch.__version__},
             entries,
+            gates=tuple(sorted(gates or {})),
         )
-        patch = cls(operations, manifest)
+        patch = cls(operations, manifest, {name: gate.copy() for name, gate in (gates or {}).items()})
         parse(patch.to_bytes())
         return patch
 
@@ -86,7 +90,8 @@ class Patch:
     @property
     def nbytes(self) -> int:
         """The bytes of the tensors that the patch holds; its file adds a header."""
-        return sum(operation.nbytes for operation in self.operations.values())
+        gates = sum(gate.nbytes for gate in self.gates.values())
+        return gates + sum(operation.nbytes for operation in self.operations.values())
 
     def result(self, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The changed tensors, on the CPU, as the patch leaves them where it is applied to those it was made for.
@@ -99,11 +104,13 @@ class Patch:
         return {name: operation.on(base[name].detach().cpu()) for name, operation in self.operations.items()}
 
     def apply(self, model: nn.Module) -> None:
-        """Write the patch into the model's parameters, in place.
+        """Write the patch into the model's parameters, in place, and hook its gates to the modules.
 
-        The model then holds what `revert` needs. Raises, with the model untouched, `BaseMismatch` where these are not
-        the weights that the patch was made for, `PatchConflict` where it is applied already or one that it requires is
-        not, `NotEditable` for weights that cannot be read.
+        The model then holds what `revert` needs. What torch.compile has compiled sees new weights as they are; gates
+        (and taking them off) make all compiled models of the process compile again at their next call. Raises, with
+        the model untouched, `BaseMismatch` where these are not the weights that the patch was made for or the modules
+        do not fit its gates, `PatchConflict` where it is applied already or one that it requires is not, `NotEditable`
+        for weights that cannot be read and modules that cannot be hooked.
         """
         applying.apply(model, self)
 
@@ -147,7 +154,10 @@ class Patch:
         arrays = {}
         for number, name in enumerate(sorted(self.operations)):
             for part, tensor in self.operations[name].parts.items():
-                arrays[f"{number:04}.{part}"] = Array(_CODES[tensor.dtype], tuple(tensor.shape), as_bytes(tensor))
+                arrays[f"{number:04}.{part}"] = _array(tensor)
+        for number, name in enumerate(sorted(self.gates), len(self.operations)):
+            for part, tensor in self.gates[name].parts.items():
+                arrays[f"{number:04}.{part}"] = _array(tensor)
         return Content(self.manifest, arrays)
 
     @classmethod
@@ -156,7 +166,11 @@ class Patch:
         for number, entry in enumerate(content.manifest.tensors):
             parts = {part: _tensor(content.arrays[f"{number:04}.{part}"]) for part in PARTS[entry.kind]}
             operations[entry.name] = _KINDS[entry.kind](**parts)
-        return cls(operations, content.manifest)
+        gates = {
+            name: Gate(*(_tensor(content.arrays[f"{number:04}.{part}"]) for part in GATE))
+            for number, name in enumerate(content.manifest.gates, len(operations))
+        }
+        return cls(operations, content.manifest, gates)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Patch) and self.id == other.id
@@ -168,8 +182,9 @@ class Patch:
         return self  # a value: models that are copied share it
 
     def __repr__(self) -> str:
-        count = len(self.operations)
-        return f"<Patch {self.id[:12]}: {count} tensor{'s' * (count != 1)}, {self.nbytes} bytes>"
+        count, gates = len(self.operations), len(self.gates)
+        shown = f", {gates} gate{'s' * (gates != 1)}" if gates else ""
+        return f"<Patch {self.id[:12]}: {count} tensor{'s' * (count != 1)}{shown}, {self.nbytes} bytes>"
 
 
 def applied(model: nn.Module) -> tuple[Patch, ...]:
@@ -182,7 +197,8 @@ def _groups(base: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> list[list[
     """All names of each tensor in `new`, those in `new` first, the tensors in the order of their first names."""
     if unknown := sorted(new.keys() - base.keys()):
         raise InvalidInput(f"new has tensors that base lacks: {unknown[:8]}; give both under the same names")
-    first = tied(dict(sorted(base.items())))
+    # The state dict of quantised modules holds more than tensors
+    first = tied({name: tensor for name, tensor in sorted(base.items()) if isinstance(tensor, Tensor)})
     groups: dict[str, list[str]] = {}
     for name in sorted(first, key=lambda name: (name not in new, name)):
         groups.setdefault(first[name], []).append(name)
@@ -198,6 +214,10 @@ def _entry(names: list[str], base: Tensor, operation: Operation) -> Entry:
     dtype, made = str(base.dtype).removeprefix("torch."), operation.on(base)
     also = tuple(sorted(names[1:]))
     return Entry(names[0], operation.kind, tuple(base.shape), dtype, digest(base), digest(made), also)
+
+
+def _array(tensor: Tensor) -> Array:
+    return Array(_CODES[tensor.dtype], tuple(tensor.shape), as_bytes(tensor))
 
 
 def _tensor(array: Array) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..errors import BaseMismatch, PatchConflict, PatchDamaged
+from ..errors import BaseMismatch, NotEditable, PatchConflict, PatchDamaged
 from .composition import Composer, Layer, Step, canonical, steps
 from .hashing import combined, digest, digests, named_tensors, tied
 from .manifest import Entry
@@ -62,9 +62,12 @@ def without_layer(tensors: Mapping[str, Tensor], state: State | None, layer: Lay
 def compose(base: Mapping[str, Tensor], patches: Iterable[Layer]) -> dict[str, Tensor]:
     """The base state dict with the patches on: touched tensors are new, all others are the same objects.
 
-    The patches may come in any order. Raises `BaseMismatch` and `PatchConflict` as applying them to a model would.
+    The patches may come in any order. Raises `BaseMismatch` and `PatchConflict` as applying them to a model would, and
+    `NotEditable` for patches with gates.
     """
     patches, tensors = tuple(patches), named_tensors(base)
+    for patch in patches:
+        check_gateless(patch)
     if len({patch.id for patch in patches}) != len(patches):
         raise PatchConflict("the same patch is given twice; give each once")
     root, first, layers = digests(tensors), tied(tensors), canonical(patches)
@@ -75,6 +78,15 @@ def compose(base: Mapping[str, Tensor], patches: Iterable[Layer]) -> dict[str, T
         for name, plan in steps(layers, first).items()
     }
     return {name: values[first[name]] if first.get(name) in values else base[name] for name in base}
+
+
+def check_gateless(layer: Layer) -> None:
+    """Raise `NotEditable` for a patch with gates, which weights alone cannot hold."""
+    if layer.gates:
+        raise NotEditable(
+            f"patch {layer.id[:12]} has gates (at {', '.join(map(repr, sorted(layer.gates)[:8]))}), which run with the "
+            "model and cannot be written into its weights. Apply it to the live model: Patch.load(path).apply(model)"
+        )
 
 
 def check_base(layer: Layer, tensors: Mapping[str, Tensor], root: Mapping[str, str]) -> None:

@@ -26,7 +26,7 @@ from . import files
 from .format import header
 from .hashing import as_bytes, combined, digests, named_tensors, tied
 from .patch import Patch
-from .stack import State, compose, with_layer, without_layer
+from .stack import State, check_gateless, compose, with_layer, without_layer
 
 FORMAT = "weightpatch-weights/1"
 KEY = "weightpatch"
@@ -59,7 +59,8 @@ class Weights:
         return combined(self.state.root if self.state else digests(named_tensors(self.tensors)))
 
     def apply(self, patch: Patch) -> "Weights":
-        """These weights with one more patch; raises as `Patch.apply` does."""
+        """These weights with one more patch; raises as `Patch.apply` does, and `NotEditable` for one with gates."""
+        check_gateless(patch)
         return self._with(*with_layer(named_tensors(self.tensors), self.state, patch))
 
     def revert(self, patch: Patch) -> "Weights":

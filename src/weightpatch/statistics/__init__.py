@@ -1,5 +1,5 @@
 """Statistics of what a network's layers see on reference data: the metric in which local edits are small."""
 
-from .moments import LayerMoments, Moments, second_moments
+from .moments import LayerMoments, Moments, called, second_moments
 
-__all__ = ["LayerMoments", "Moments", "second_moments"]
+__all__ = ["LayerMoments", "Moments", "called", "second_moments"]

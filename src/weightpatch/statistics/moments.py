@@ -21,7 +21,7 @@ from ..network import check_finite, select, structural_clone
 from ..patches import fingerprint
 from ..patches.files import write
 
-__all__ = ["LayerMoments", "Moments", "second_moments"]
+__all__ = ["LayerMoments", "Moments", "called", "second_moments"]
 
 _FORMAT = "weightpatch moments 1"
 
@@ -190,6 +190,27 @@ def second_moments(
         if not bool(layer.total.isfinite().all()):
             raise InvalidInput(f"the inputs of {name} are not finite on this data")
     return Moments(sums, fingerprint(model), items)
+
+
+def called(model: nn.Module, inputs: Inputs, *, parameters: str | Sequence[str] = "*") -> tuple[str, ...]:
+    """Return the weights of the layers that second moments can be taken of, in the order in which the model calls them.
+
+    Args:
+        model: any eager module.
+        inputs: a batch, of which the first item is run.
+        parameters: the layers are those with such a weight, as globs.
+    """
+    clone = structural_clone(model)
+    try:
+        layers = _chosen(clone, select(model, parameters), parameters)
+    except InvalidInput:
+        return ()
+    seen: dict[str, None] = {}
+    for weight, _, module in layers:
+        module.register_forward_hook(lambda *_, weight=weight: seen.update({weight: None}))
+    with torch.no_grad():
+        call(clone, rows(inputs, slice(1)))
+    return tuple(seen)
 
 
 def _chosen(model: nn.Module, names: Sequence[str], asked: object) -> list[tuple[str, str | None, nn.Module]]:

@@ -1,0 +1,153 @@
+"""A correction for the neighbourhood of the demands alone: reliable always, general nowhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from torch import Tensor
+
+from .._calling import Params, call
+from ..errors import InvalidInput
+from ..network import GATE, noted
+from ..problem import Problem
+from .base import Editor, Solution
+from .minimum_norm import MinimumNorm
+
+_ROUNDING = 16  # in units of the dtype's own: how far a key may be from itself, computed in another batch
+
+
+@final
+@dataclass(frozen=True)
+class Gate(Editor):
+    """Give every violated demand a key, a ball around it and a value that the layer's output gains inside of the ball.
+
+    The key is what the layer is given for the demand's input. The radius is a share of the distance to the nearest of
+    all inputs that are to stay: those of `keep`, and of the demands that hold already; nothing that is kept changes.
+    A demand near an earlier key whose value meets it makes that ball larger instead; near one whose value does not,
+    its ball ends half way between them. The values come from another editor, which moves nothing else. Source: GRACE
+    (Hartvigsen et al., NeurIPS 2023), with radii from reference data and a solver in place of gradient descent.
+
+    Args:
+        layer: the module's name.
+        count: how many keys there is room for.
+        share: of the distance to the nearest input that stays; larger is more general, and less local.
+        editor: looks for the values.
+
+    >>> Gate("fc")
+    """
+
+    layer: str
+    count: int = 64
+    share: float = 0.5
+    editor: Editor = field(default_factory=MinimumNorm)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.count, int) or self.count < 1:
+            raise InvalidInput(f"Gate was given count={self.count!r}; expected an integer, at least 1")
+        if not 0 <= self.share < 1:
+            raise InvalidInput(f"Gate was given share={self.share}; expected a number of at least 0 and below 1")
+
+    @property
+    def slots(self) -> Mapping[str, int]:
+        """Room for `count` keys at the layer."""
+        return {self.layer: self.count}
+
+    def run(self, problem: Problem) -> Solution:
+        """Set keys and radii, then solve for the values."""
+        keys, radii, values = (f"{self.layer}.{GATE}.{part}" for part in ("keys", "radii", "values"))
+        start = problem.start
+        if keys not in start:
+            raise InvalidInput(f"the model has no slots for {self!r}: pass the gate itself, or Auto, as the editor")
+        with torch.no_grad():
+            given, violation = _given(problem, start, self.layer)
+            bad = violation > 0 if len(violation) == len(given) else torch.ones(len(given), dtype=torch.bool)
+            around = [given[~bad]] if problem.keep is None else [given[~bad], _kept(problem, self.layer)]
+            book = _Book(start[keys].clone(), start[radii].clone(), torch.cat(around), self.share)
+            for place in bad.nonzero().squeeze(1).tolist():
+                enlarged = book.enlarged(given[place])
+                if enlarged is not None and len(violation) == len(given):
+                    tried = problem.violation({**start, keys: book.keys, radii: enlarged})
+                    if float(tried[place]) <= 0:
+                        book.radii = enlarged
+                        continue
+                if not book.add(given[place]):
+                    return Solution(start, 0)
+            moved = {**start, keys: book.keys, radii: book.radii}
+        found = self.editor.run(problem.part([values], moved))
+        return Solution({**moved, **found.params}, found.steps + 1, found.certificate)
+
+
+class _Book:
+    """Keys and radii as they grow."""
+
+    def __init__(self, keys: Tensor, radii: Tensor, around: Tensor, share: float) -> None:
+        self.keys, self.radii = keys, radii
+        self._around, self._share = around.to(keys), share
+
+    def enlarged(self, key: Tensor) -> Tensor | None:
+        """Return the radii with the nearest ball grown to hold this key; None where it may not."""
+        near = self._near(key)
+        if near is None:
+            return None
+        place, wanted = near[0], near[1] * (1 + _tolerance(key))
+        if wanted > self._reach(self.keys[place]):
+            return None
+        radii = self.radii.clone()
+        radii[place] = max(float(radii[place]), wanted)
+        return radii
+
+    def add(self, key: Tensor) -> bool:
+        """Use a free slot; say whether there was one."""
+        free = (self.radii < 0).nonzero().squeeze(1)
+        if not len(free):
+            return False
+        near, reach = self._near(key), self._reach(key)
+        self.radii[free[0]] = max(
+            reach if near is None else min(reach, near[1] / 2), _tolerance(key) * float(key.norm())
+        )
+        self.keys[free[0]] = key
+        return True
+
+    def _near(self, key: Tensor) -> tuple[int, float] | None:
+        """Return the nearest used key and its distance."""
+        used = (self.radii >= 0).nonzero().squeeze(1)
+        if not len(used):
+            return None
+        least, place = (self.keys[used] - key).norm(dim=1).min(0)
+        return int(used[place]), float(least)
+
+    def _reach(self, key: Tensor) -> float:
+        """Return how large a ball may be: a share of the distance to the nearest other input that stays."""
+        distances = (self._around - key).norm(dim=1)
+        others = distances[distances > _tolerance(key) * float(key.norm())]
+        return self._share * float(others.min()) if len(others) else 0.0
+
+
+def _given(problem: Problem, params: Params, layer: str) -> tuple[Tensor, Tensor]:
+    """Return what the layer is given for the demands' inputs, (m, width), and the violation."""
+    problem.violation(params)  # a first pass may be run several times, to be recorded
+    with noted(layer) as seen:
+        violation = problem.violation(params)
+    if not seen:
+        raise InvalidInput(f"Gate({layer!r}): the layer is not called for the constraint's inputs; choose another one")
+    return _flat(seen), violation
+
+
+def _kept(problem: Problem, layer: str) -> Tensor:
+    assert problem.keep is not None
+    function = problem.at(problem.start)
+    call(function, problem.keep.inputs)
+    with noted(layer) as seen:
+        call(function, problem.keep.inputs)
+    return _flat(seen)
+
+
+def _flat(seen: list[Tensor]) -> Tensor:
+    return torch.cat([part.flatten(0, -2) for part in seen])
+
+
+def _tolerance(key: Tensor) -> float:
+    return _ROUNDING * torch.finfo(key.dtype).eps

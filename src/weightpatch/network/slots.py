@@ -1,0 +1,91 @@
+"""Room for gates: a copy of a model, one of whose layers has keys, radii and values that edits can set."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from ..errors import InvalidInput
+from ..gates import gated
+from .clone import structural_clone
+
+__all__ = ["GATE", "noted", "with_slots"]
+
+GATE = "gate"  # the parameters are {layer}.gate.keys, .radii and .values
+_SEEN: ContextVar[tuple[str, list[Tensor]] | None] = ContextVar("seen", default=None)
+
+fx.wrap("gated")
+
+
+def with_slots(model: nn.Module, layer: str, slots: int) -> nn.Module:
+    """Return a structural clone whose `layer` has `slots` free keys; it answers as the model does, bit for bit.
+
+    The keys are parameters, so that everything that edits, replays and judges parameters works for them. As in every
+    structural clone no parameter needs a gradient: whoever asks which may move has to ask of the model itself.
+
+    Args:
+        model: any eager module.
+        layer: a module that maps (..., width) to (..., out) and has a weight of shape (out, width), as linear ones do.
+        slots: how many keys there is room for.
+
+    Raises:
+        InvalidInput: there is no such layer, or it has no such weight.
+    """
+    clone = structural_clone(model)
+    module = dict(clone.named_modules()).get(layer)
+    weight = getattr(module, "weight", None)
+    if module is None or module is clone or not isinstance(weight, Tensor) or weight.ndim != 2:
+        linear = [name for name, part in model.named_modules() if isinstance(part, nn.Linear) and name]
+        near = difflib.get_close_matches(layer, linear, 3, 0.3) or linear[-3:]
+        raise InvalidInput(f"a gate was asked for at layer={layer!r}; the model's linear layers are {', '.join(near)}")
+    out, width = weight.shape
+    room = _Room(layer)
+    for name, value in (
+        ("keys", weight.new_zeros(slots, width)),
+        ("radii", weight.new_full((slots,), -1.0)),
+        ("values", weight.new_zeros(slots, out)),
+    ):
+        room.register_parameter(name, nn.Parameter(value.detach(), requires_grad=False))
+    module.add_module(GATE, room)
+    kind: Any = type(module)
+    module.__class__ = _with_gate(kind)
+    return clone
+
+
+class _Room(nn.Module):
+    """Holds the keys, radii and values of a layer."""
+
+    def __init__(self, layer: str) -> None:
+        super().__init__()
+        self.layer = layer
+
+
+@cache
+def _with_gate(kind: Any) -> Any:
+    """Return a kind of module that answers as `kind` and its gate do."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen = _SEEN.get()
+        room = getattr(self, GATE)
+        if seen is not None and seen[0] == room.layer:
+            seen[1].append(x.detach())
+        return gated(x, kind.forward(self, x, *args, **kwargs), room.keys, room.radii, room.values)
+
+    return type(f"Gated{kind.__name__}", (kind,), {"forward": forward, "__module__": __name__})
+
+
+@contextmanager
+def noted(layer: str) -> Iterator[list[Tensor]]:
+    """Collect what a layer with slots is given, call by call, inside of the block."""
+    seen: list[Tensor] = []
+    token = _SEEN.set((layer, seen))
+    try:
+        yield seen
+    finally:
+        _SEEN.reset(token)
