@@ -15,10 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from statistics import mean
+from typing import Any, final
 
 import torch
 from editable_table import RATE, Part, with_block
@@ -41,7 +42,9 @@ from weightpatch.editors import (
     Rung,
 )
 from weightpatch.editors import ladder as rmsprop_ladder
-from weightpatch.evaluation import figures
+from weightpatch.editors.base import Solution
+from weightpatch.evaluation import Sequential, figures
+from weightpatch.problem import Problem
 from weightpatch.statistics import second_moments
 from weightpatch.tasks import images
 
@@ -49,8 +52,9 @@ HERE = Path(__file__).parent
 RESULTS, TABLE = HERE / "results" / "metric.json", HERE / "results" / "metric.md"
 ALONE = ("layer3, MinimumNorm", "sparse block, MinimumNorm", "editable, MinimumNorm", "Auto", "gate at fc")
 CONVOLUTIONS = ("layer3.0.conv1.weight", "layer3.0.conv2.weight", "layer3.0.downsample.0.weight")
-SHRINKAGE, REFERENCE, EDITS, FEWER = 0.001, 10_000, 1000, 300
-KEPT, CHANGED = 2000, 0.003  # reference images of gates, budgets and KL; Auto's budget, a share of them
+SHRINKAGE, REFERENCE, EDITS, FEWER = 0.001, 10_000, 1000, 200
+KEPT, CHANGED, TOTAL = 2000, 0.003, 0.01  # images that gates, budgets and KL go by; Auto's budgets, shares of these
+CHECKPOINTS, SEEDS = (1, 10, 25, 50, 100, 200, 1000), 3
 SHOWN = ("success", "steps", "drawdown", "absolute", "max", "broken/repaired/other")
 
 
@@ -115,7 +119,7 @@ def networks(train: images.LabelledImages) -> dict[str, Row]:
         "conv2 of layer3, MinimumNorm": Row(classifier(CONVOLUTIONS[1:2], MinimumNorm)),
         "layer3, MinimumNorm": Row(classifier(CONVOLUTIONS, MinimumNorm)),
         "layer3, Preconditioned": Row(classifier(CONVOLUTIONS, Preconditioned), edits=FEWER),
-        "Auto": Row(lambda: ladder(small(), (*CONVOLUTIONS, "fc.*"), train, changed=CHANGED, seconds=1.0)),
+        "Auto": Row(lambda: ladder(small(), (*CONVOLUTIONS, "fc.*"), train, changed=CHANGED, seconds=0.3)),
         "Auto, quick": Row(lambda: ladder(small(), (*CONVOLUTIONS, "fc.*"), train, changed=CHANGED, seconds=0.02)),
         "sparse block, MinimumNorm": Row(sparse(MinimumNorm)),
         "sparse block, GradientDescent": Row(descent, edits=FEWER),
@@ -125,7 +129,7 @@ def networks(train: images.LabelledImages) -> dict[str, Row]:
         "editable, MinimumNorm": Row(editable(MinimumNorm)),
         "editable, Preconditioned": Row(editable(Preconditioned), edits=FEWER),
         "editable, Auto": Row(
-            lambda: ladder(images.fashion_editable(), (images.EDITED,), train, changed=CHANGED, seconds=1.0)
+            lambda: ladder(images.fashion_editable(), (images.EDITED,), train, changed=CHANGED, seconds=0.3)
         ),
     }
     for name, row in list(found.items()):
@@ -173,11 +177,79 @@ def measure(
     }
 
 
+@final
+@dataclass(frozen=True, eq=False)
+class Noting(Editor):
+    """Runs a ladder and counts how often its last rung was taken."""
+
+    editor: Editor
+    taken: list[bool]
+
+    @property
+    def slots(self) -> Mapping[str, int]:
+        return self.editor.slots
+
+    def run(self, problem: Problem) -> Solution:
+        found = self.editor.run(problem)
+        self.taken.append(not found.attempts or found.attempts[-1].name.startswith("gate"))
+        return found
+
+
+def sequences(train: images.LabelledImages) -> dict[str, tuple[Part, int, bool]]:
+    """Return by name what makes edits one on another, how many, and whether each meets the earlier demands too."""
+    small, scope = images.fashion_classifier, (*CONVOLUTIONS, "fc.*")
+    moments = second_moments(small(), train.images[:REFERENCE], parameters=scope)
+    auto = Auto.late(moments.metric(SHRINKAGE), gate="fc", budget=Budget(changed=TOTAL, seconds=0.3), count=1024)
+    return {
+        "Auto, 1 % for all together": (Part(small(), scope, auto), 200, True),
+        "gate at fc": (Part(small(), scope, Gate("fc", 1024)), 1000, False),
+        "fc, MinimumNorm": (part(small(), ("fc.*",), train, MinimumNorm), 100, True),
+        "layer3, MinimumNorm": (part(small(), CONVOLUTIONS, train, MinimumNorm), 100, True),
+    }
+
+
+def sequence(
+    made: Part,
+    count: int,
+    remember: bool,
+    seed: int,
+    held_out: images.LabelledImages,
+    test: images.LabelledImages,
+    keep: wp.Locality,
+) -> dict[str, Any]:
+    """Make random-label edits one on another; drawdown in points at each checkpoint, and the share made by gates.
+
+    The edits are of images that were held out of training, and of the test set: what is edited does not count as lost.
+    """
+    editor = Noting(made.editor, [])
+    began = time.monotonic()
+    report = wp.evaluate(
+        made.model,
+        random_edits(held_out, count, seed=seed),
+        editor,
+        test=(test.images, test.labels),
+        parameters=made.parameters,
+        keep=keep,
+        protocol=Sequential(tuple(point for point in CHECKPOINTS if point <= count), remember=remember),
+        progress=False,
+    )
+    points = [
+        {
+            "edits": point.edits,
+            "retained": point.retained / point.edits,
+            "drawdown": 100 * (point.impact.error - report.base_error),
+        }
+        for point in report.checkpoints
+    ]
+    gates = sum(editor.taken) / len(editor.taken) if editor.slots else 0.0
+    return {"seed": seed, "points": points, "gates": gates, "seconds": time.monotonic() - began}
+
+
 def size(found: dict[str, Any]) -> str:
     return f"{found['patch_bytes'] / 1000:.1f} kB" if "patch_bytes" in found else ""
 
 
-def table(rows: list[dict[str, Any]], where: str) -> str:
+def table(rows: list[dict[str, Any]], several: list[dict[str, Any]], where: str) -> str:
     lines = [
         "# Edits in the metric of a layer's inputs, on Fashion-MNIST\n",
         f"Made by `python benchmarks/metric_table.py` on {where}. Drawdown in percentage points on all 10,000 test "
@@ -193,7 +265,23 @@ def table(rows: list[dict[str, Any]], where: str) -> str:
                 costs = f"{row[kind]['edit_ms']:.0f} | {size(row[kind])}"
                 lines.append(f"| {row['name']} | {row[kind]['edits']} | {cells} | {costs} |")
         lines.append("")
-    return "\n".join(lines)
+    lines += [
+        "## Random-label edits one on another: the share of all made so far that hold, and the drawdown\n",
+        f"Of images held out of training, three sets of them; mean, and the largest drawdown of the three. Gates go "
+        f"by {KEPT:,} training images; Auto's budget is for all edits together, measured on these.\n",
+        "| edited, by | " + " | ".join(map(str, CHECKPOINTS)) + " | made by gates |",
+        "|---|" + "---:|" * (len(CHECKPOINTS) + 1),
+    ]
+    for row in several:
+        cells = []
+        for point in CHECKPOINTS:
+            some = [p for run in row["runs"] for p in run["points"] if p["edits"] == point]
+            held, lost = [p["retained"] for p in some], [p["drawdown"] for p in some]
+            shown = f"{100 * mean(held):.1f} %, {mean(lost):+.2f} (≤ {max(lost):+.2f})" if some else ""
+            cells.append(shown)
+        gates = mean(run["gates"] for run in row["runs"])
+        lines.append(f"| {row['name']} | " + " | ".join(cells) + f" | {100 * gates:.0f} % |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -225,8 +313,21 @@ def main() -> None:
                     print(f"{name}: {kind} in {row[kind]['seconds']:.0f} s: {row[kind]['figures']}", flush=True)
         if len(row) > 1:
             rows.append(row)
-    RESULTS.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
-    TABLE.write_text(table(rows, machine()))
+    several, held_out = [], train[slice(len(train) - 5000, len(train))]
+    for name, (made, count, remember) in sequences(train).items():
+        path = arguments.runs / f"one-on-another-{name.replace(' ', '-').replace(',', '')}.json"
+        row = json.loads(path.read_text()) if path.exists() else {"name": name, "runs": []}
+        if arguments.only is None or arguments.only in f"one on another {name}":
+            for seed in range(len(row["runs"]), SEEDS):
+                row["runs"].append(
+                    sequence(made, min(count, arguments.edits), remember, 100 + seed, held_out, test, keep)
+                )
+                path.write_text(json.dumps(row))
+                print(f"{name}: {row['runs'][-1]}", flush=True)
+        if row["runs"]:
+            several.append(row)
+    RESULTS.write_text(json.dumps({"machine": machine(), "rows": rows, "several": several}, indent=1) + "\n")
+    TABLE.write_text(table(rows, several, machine()))
     print(TABLE.read_text())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, final
@@ -115,9 +115,10 @@ class GateHook:
         self._placed: dict[torch.device, tuple[Tensor, ...]] = {}
         self._on(next((own.device for own in chain(module.parameters(), module.buffers())), torch.device("cpu")))
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Tensor:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Tensor:
         """Return the gated output; raises `ShapeMismatch` where input and output do not fit the gate."""
-        x: Any = args[0] if args else kwargs.get(self._first)
+        *keywords, output = rest  # what quantises a model hangs its hooks to the new modules, without keywords
+        x: Any = args[0] if args else keywords[0].get(self._first) if keywords else None
         if not (self._fits(x, 0) and self._fits(output, 2) and x.shape[:-1] == output.shape[:-1]):
             raise ShapeMismatch(
                 f"a gate at {self._name!r} needs its first argument as (..., {self._parts[0].shape[1]}) and its answer "

@@ -78,6 +78,7 @@ def test_the_bound_is_kept_to_the_models_rounding(seed: int, kind, dtype, radius
 
 def test_the_bound_is_reached_and_each_step_is_the_editors_own():
     """Against the loop written out: step, then clamp."""
+    torch.manual_seed(0)
     model, radius = nn.Linear(5, 3).double(), 0.15
     x, y = drawn(4, 5), drawn(4, 3, seed=1)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -147,7 +148,7 @@ def test_editable_training_goes_through_the_bound(inner: IterativeEditor, way: d
         return objective(fix, keep=wp.Locality(x), batch=(x, y))
 
     grads = torch.autograd.grad(value(), list(model.parameters()))
-    reference = divergence_reference(model, objective, fix, x, y)
+    reference = reference_of(model, objective, fix, x, y)
     for parameter, grad in zip(model.parameters(), grads, strict=True):
         flat = parameter.data.view(-1)
         for i in range(0, len(flat), 4):
@@ -159,7 +160,7 @@ def test_editable_training_goes_through_the_bound(inner: IterativeEditor, way: d
             assert float(grad.view(-1)[i]) == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-5, abs=1e-7)
 
 
-def divergence_reference(model: nn.Module, objective: Any, fix: Classified, x: Tensor, y: Tensor) -> Any:
+def reference_of(model: nn.Module, objective: Any, fix: Classified, x: Tensor, y: Tensor) -> Any:
     """The objective's value by the plain editor, with the reference of its locality term held where it is now."""
     with torch.no_grad():
         before = model(x).log_softmax(1)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import hypothesis.strategies as st
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 from weightpatch.errors import NotEditable
 from weightpatch.patches import base_fingerprint, fingerprint, hashing
+from weightpatch.patches.hashing import named_tensors
 
 
 def test_a_model_and_its_state_dict_have_one_fingerprint():
@@ -113,3 +115,80 @@ def test_modules_used_twice_count_under_both_names():
     shared = nn.Linear(2, 2)
     model = nn.Sequential(shared, nn.ReLU(), shared)
     assert fingerprint(model) == fingerprint(model.state_dict())
+
+
+def quantised(layer: nn.Module, kinds: set[type]) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(nn.Sequential(layer), kinds, dtype=torch.qint8)
+
+
+KINDS = {
+    "linear": (lambda: nn.Linear(3, 4), {nn.Linear}),
+    "cell": (lambda: nn.GRUCell(3, 4), {nn.GRUCell}),
+    "lstm": (lambda: nn.LSTM(3, 4), {nn.LSTM}),
+    "embedding": (
+        lambda: nn.EmbeddingBag(3, 4),
+        {nn.EmbeddingBag: torch.ao.quantization.float_qparams_weight_only_qconfig},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_weights_count(kind):
+    make, kinds = KINDS[kind]
+
+    def mark(change) -> str:
+        torch.manual_seed(0)
+        layer = make()
+        with torch.no_grad():
+            change(next(layer.parameters()))
+        model = quantised(layer, kinds)
+        assert fingerprint(model) == fingerprint(copy.deepcopy(model))
+        return fingerprint(model)
+
+    marks = [mark(change) for change in (lambda w: w, lambda w: w[0, 0].add_(0.5), lambda w: w.mul_(2))]
+    assert len(set(marks)) == 3
+    assert marks[0] == mark(lambda w: w)
+
+
+def test_every_part_of_packed_weights_counts():
+    def mark(values=1.0, scale=0.5, zero=0, bias=0.0, channels=None) -> str:
+        layer = torch.ao.nn.quantized.Linear(2, 2)
+        weight = torch.full((2, 2), values)
+        if channels is None:
+            packed = torch.quantize_per_tensor(weight, scale, zero, torch.qint8)
+        else:
+            packed = torch.quantize_per_channel(
+                weight, torch.tensor([scale, channels]), torch.zeros(2).int(), 0, torch.qint8
+            )
+        layer.set_weight_bias(packed, torch.full((2,), bias))
+        return fingerprint(layer)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = [
+            mark(),
+            mark(values=1.5),
+            mark(values=2.0, scale=1.0),
+            mark(values=0.5, zero=1),
+            mark(bias=1e-6),
+            mark(channels=0.5),
+            mark(channels=0.25),
+        ]
+        assert found[0] == mark()
+    assert len(set(found)) == len(found)
+
+
+def test_no_patch_can_name_packed_weights():
+    tensors = named_tensors(quantised(nn.Linear(3, 4), {nn.Linear}))
+    assert {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()} == {
+        "0._packed_params._packed_params": (torch.uint8, (32,))
+    }
+
+
+def test_what_is_compiled_counts_as_what_is_inside():
+    model = Net()
+    mark = fingerprint(model)
+    model.head = torch.compile(model.head, backend="eager")
+    assert fingerprint(model) == fingerprint(torch.compile(model, backend="eager")) == mark

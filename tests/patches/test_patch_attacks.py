@@ -19,14 +19,14 @@ import pytest
 import torch
 
 from weightpatch.errors import PatchDamaged, PatchError
-from weightpatch.patches import Patch, describe, fingerprint
+from weightpatch.patches import Gate, Patch, describe, fingerprint
 
 KEY = "weightpatch-patch"
 Edit = Callable[[dict[str, Any], dict[str, Any], dict[str, bytes]], None]
 
 
 def honest() -> Patch:
-    """All kinds of operations: full (F16), lowrank, rows, sparse."""
+    """All kinds of operations: full (F16), lowrank, rows, sparse; and two gates, BF16 and F32."""
     draw = torch.Generator().manual_seed(0)
     base = {
         "full": torch.zeros(3).half(),
@@ -39,7 +39,11 @@ def honest() -> Patch:
     new["low"] += torch.outer(torch.randn(40, generator=draw), torch.randn(30, generator=draw))
     new["rows"][[1, 4]] = torch.randn(2, 5, generator=draw)
     new["sparse"][[3, 270]] = 1.0
-    return Patch.between(base, new, fingerprint=fingerprint(base), metrics={"drift": 0.5})
+    gates = {
+        "fc": Gate(torch.ones(2, 3), torch.tensor([0.0, 2]), torch.full((2, 4), -1.0)),
+        "body.0": Gate(*(part.bfloat16() for part in (torch.ones(1, 5), torch.ones(1), torch.ones(1, 1)))),
+    }
+    return Patch.between(base, new, fingerprint=fingerprint(base), metrics={"drift": 0.5}, gates=gates)
 
 
 def forge(edit: Edit, *, sign: bool = True, dump: Callable[[Any], str] | None = None) -> bytes:
@@ -72,6 +76,7 @@ def test_forging_nothing_gives_the_honest_file():
         "rows",
         "sparse",
     ]
+    assert list(Patch.from_bytes(data).gates) == ["body.0", "fc"]
 
 
 def tensor(manifest, number, **fields):
@@ -173,6 +178,43 @@ EDITS: dict[str, Edit] = {
     "tensors is text": lambda m, h, p: m.update(tensors="full"),
     "tensor is null": lambda m, h, p: m["tensors"].append(None),
     "id is a number": lambda m, h, p: m.update(id=3),
+    "gate: nan key": lambda m, h, p: p.update({"0005.keys": values("<f4", *[1, np.nan] * 3)}),
+    "gate: infinite radius": lambda m, h, p: p.update({"0005.radii": values("<f4", 0, np.inf)}),
+    "gate: infinite value": lambda m, h, p: p.update({"0004.values": values("<u2", 0xFF80)}),
+    "gate: negative radius": lambda m, h, p: p.update({"0005.radii": values("<f4", 0, -1)}),
+    "gate: the smallest negative radius": lambda m, h, p: p.update({"0004.radii": values("<u2", 0x8001)}),
+    "gate: transposed": lambda m, h, p: h["0005.keys"].update(shape=[3, 2]),
+    "gate: flattened": lambda m, h, p: h["0005.values"].update(shape=[8]),
+    "gate: radii in a column": lambda m, h, p: h["0005.radii"].update(shape=[2, 1]),
+    "gate: fewer radii": lambda m, h, p: resize(h, p, "0005.radii", [1]),
+    "gate: more values": lambda m, h, p: resize(h, p, "0005.values", [3, 4]),
+    "gate: no keys": lambda m, h, p: [
+        resize(h, p, f"0004.{part}", [0, *h[f"0004.{part}"]["shape"][1:]]) for part in ("keys", "radii", "values")
+    ],
+    "gate: no width": lambda m, h, p: resize(h, p, "0005.keys", [2, 0]),
+    "gate: no out": lambda m, h, p: resize(h, p, "0005.values", [2, 0]),
+    "gate: whole numbers": lambda m, h, p: h["0004.radii"].update(dtype="I16"),
+    "gate: shape bomb": lambda m, h, p: h["0005.keys"].update(shape=[2, 2**62]),
+    "gate: part missing": lambda m, h, p: (
+        h.pop("0004.radii"),
+        p.pop("0004.radii"),
+        resize(h, p, "0004.keys", [1, 5]),
+    ),
+    "gate: part of an operation": lambda m, h, p: h.update({"0004.left": h.pop("0004.keys")}),
+    "gate: not in the manifest": lambda m, h, p: m["gates"].pop(),
+    "gate: none in the manifest": lambda m, h, p: m.pop("gates"),
+    "gate: more in the manifest": lambda m, h, p: m["gates"].append("z"),
+    "gate: one name twice": lambda m, h, p: m.update(gates=["fc", "fc"]),
+    "gate: out of order": lambda m, h, p: m["gates"].reverse(),
+    "gate: path": lambda m, h, p: m.update(gates=["../../etc/passwd", "fc"]),
+    "gate: escape": lambda m, h, p: m.update(gates=["a\x1b[2J", "fc"]),
+    "gate: no name": lambda m, h, p: m.update(gates=["", "fc"]),
+    "gate: name is a number": lambda m, h, p: m.update(gates=[1, 2]),
+    "gate: name is a list": lambda m, h, p: m.update(gates=[["body.0"], "fc"]),
+    "gate: names are text": lambda m, h, p: m.update(gates="ab"),
+    "gate: names are a dict": lambda m, h, p: m.update(gates={"body.0": 0, "fc": 1}),
+    "gate: names are null": lambda m, h, p: m.update(gates=None),
+    "gate: more than fit": lambda m, h, p: m.update(gates=[f"{n:05}" for n in range(9997)]),
 }
 
 

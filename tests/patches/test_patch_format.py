@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from patch_cases import Net, changes, dtypes, patch_for, same_bits
 
 from weightpatch.errors import InvalidInput, PatchDamaged, PatchError
-from weightpatch.patches import Entry, Manifest, Patch, describe, fingerprint, format, manifest
+from weightpatch.patches import Entry, Gate, Manifest, Patch, describe, fingerprint, format, manifest
 
 
 def small() -> Patch:
@@ -27,6 +27,41 @@ def small() -> Patch:
     }
     new["w"][2:] = 0
     return Patch.between(base, new, fingerprint=fingerprint(base), editor="E()", metrics={"drift": 0.5})
+
+
+def gated() -> Patch:
+    base = {"w": torch.zeros(2)}
+    gates = {"fc": Gate(torch.ones(1, 2), torch.zeros(1), torch.full((1, 1), -0.0))}
+    return Patch.between(base, {"w": torch.ones(2)}, fingerprint=fingerprint(base), gates=gates)
+
+
+def golden(patch: Patch) -> tuple[str, str]:
+    patch = dataclasses.replace(patch, manifest=dataclasses.replace(patch.manifest, versions={"weightpatch": "0"}))
+    return patch.id[:16], hashlib.sha256(patch.to_bytes()).hexdigest()[:16]
+
+
+def test_bytes_and_ids_are_those_of_every_earlier_version():
+    base = {"b": torch.zeros(2), "w": torch.zeros(4, 4, dtype=torch.bfloat16)}
+    new = {"b": torch.tensor([1.0, 2]), "w": torch.eye(4, dtype=torch.bfloat16)}
+    patch = Patch.between(base, new, fingerprint=fingerprint(base), editor="E()", metrics={"drift": 0.5})
+    assert golden(patch) == ("d9b3eaea9cd37b55", "0fc8bbc947ee3fd9")
+    assert b"gates" not in patch.to_bytes()
+    assert golden(gated()) == ("1efbbe353feaca00", "1f70e0aaff41df78")
+
+
+def test_an_empty_list_of_gates_is_not_how_a_patch_without_any_is_written():
+    data = small().to_bytes()
+    content = format.parse(data)
+    plain = content.manifest.to_json() | {"gates": []}
+    assert Manifest.from_json(plain) == content.manifest
+    text = json.dumps(plain | {"id": "0" * 64}, sort_keys=True, separators=(",", ":"))
+    names = sorted(content.arrays, key=lambda name: (-format.SIZES[content.arrays[name].code], name))
+    arrays = [(name, content.arrays[name]) for name in names]
+    found = format.header({format.KEY: text}, [(name, a.code, a.shape, len(a.data)) for name, a in arrays])
+    found += b"".join(a.data for _, a in arrays)
+    found = found.replace(b"0" * 64, hashlib.sha256(found).hexdigest().encode(), 1)
+    with pytest.raises(PatchDamaged):
+        format.parse(found)
 
 
 @settings(max_examples=100)
@@ -45,9 +80,10 @@ def test_what_is_saved_is_loaded(dtype, kinds, seed):
             assert torch.equal(again.operations[name].parts[part], tensor)
 
 
-def test_every_single_bit_matters():
-    data = small().to_bytes()
-    assert Patch.from_bytes(data) == small()
+@pytest.mark.parametrize("make", [small, gated])
+def test_every_single_bit_matters(make):
+    data = make().to_bytes()
+    assert Patch.from_bytes(data) == make()
     accepted = []
     for place in range(len(data)):
         for bit in range(8):
@@ -61,8 +97,9 @@ def test_every_single_bit_matters():
     assert not accepted
 
 
-def test_every_truncation_and_every_addition_is_refused():
-    data = small().to_bytes()
+@pytest.mark.parametrize("make", [small, gated])
+def test_every_truncation_and_every_addition_is_refused(make):
+    data = make().to_bytes()
     for length in range(len(data)):
         with pytest.raises(PatchDamaged):
             format.parse(data[:length])
@@ -307,6 +344,8 @@ def test_unknown_names_and_formats_are_refused():
     for wrong in ({"kind": "zip"}, {"dtype": "int8"}, {"shape": (0,)}, {"shape": [2]}, {"shape": (True,)}, {"pre": ""}):
         with pytest.raises(InvalidInput):
             dataclasses.replace(entry, **wrong)
+    with pytest.raises(InvalidInput, match="gates"):
+        Manifest("0" * 64, tensors=(entry,), gates=tuple(f"{number:05}" for number in range(manifest.LIMIT)))
     for tensors in ((entry, entry), (dataclasses.replace(entry, also=("w",)),), (entry,) * (manifest.LIMIT + 1)):
         with pytest.raises(InvalidInput):
             Manifest("0" * 64, tensors=tensors)

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeAlias, final
 
 import torch
+from torch import Tensor
 
 from .._calling import outputs, rows
 from ..constraints import All, altered
@@ -28,6 +29,8 @@ from .shrink import Shrink
 Rank: TypeAlias = tuple[bool, float, float]  # the lower the better: fails, how much changes, how far it drifts
 
 _KEPT = 64  # kept inputs in each step of an iterative rung; all of them judge what it finds
+_ROUNDS = 10  # of least-norm repair: what holds at all, holds after two to five
+_SPENT = 0.9  # of a budget for many edits: from here on there is but the last rung
 _LATE = 3  # layers before the readout that are tried
 
 
@@ -142,11 +145,11 @@ class Auto(Editor):
         asked = problem
         if self.altered is not None:
             asked = replace(problem, constraint=All((problem.constraint, altered(problem.constraint, self.altered))))
-        began, tried, steps = time.perf_counter(), list[Attempt](), 0
+        began, tried, steps, spent = time.perf_counter(), list[Attempt](), 0, self._spent(problem)
         best, least = Solution(problem.start, 0), (True, math.inf, math.inf)
         for place, rung in enumerate(self.rungs):
-            late = time.perf_counter() - began >= self.budget.seconds and place < len(self.rungs) - 1
-            climbed = None if late else self._climbed(rung, asked)
+            skipped = (spent or time.perf_counter() - began >= self.budget.seconds) and place < len(self.rungs) - 1
+            climbed = None if skipped else self._climbed(rung, asked)
             if climbed is None:
                 continue
             attempt, rank, found = climbed
@@ -157,6 +160,14 @@ class Auto(Editor):
             if attempt.within:
                 break
         return replace(best, steps=steps, attempts=tuple(tried), within=bool(tried) and tried[-1].within)
+
+    @torch.no_grad()
+    def _spent(self, problem: Problem) -> bool:
+        """Say whether earlier edits have used up what all of them together may change."""
+        if problem.keep is None or problem.keep.answers is None:
+            return False
+        changed = _changed(problem.keep, outputs(problem.at(problem.start), problem.keep.inputs))
+        return changed > 0 and changed >= _SPENT * self.budget.changed
 
     def _climbed(self, rung: Rung, problem: Problem) -> tuple[Attempt, Rank, Solution] | None:
         """Return what one rung comes to; None where it has nothing to move."""
@@ -187,14 +198,20 @@ class Auto(Editor):
         if keep is not None:
             before = outputs(problem.at(problem.start), keep.inputs) if keep.answers is None else keep.answers
             after = outputs(function, keep.inputs)
-            other = before.argmax(-1) != after.argmax(-1)
-            changed = float((other if keep.mask is None else other[keep.mask]).double().mean())
+            changed = _changed(keep, after, before)
             drift = float(keep.drift(lambda *_, **__: before, lambda *_, **__: after))
         limits = ((changed, budget.changed), (drift, budget.drift))
         within = held and all(value is None or value <= limit for value, limit in limits)
         within = within and (generality is None or generality >= budget.generality)
         attempt = Attempt(name, held, within, changed, drift, generality, found.steps, seconds)
         return attempt, (not held, (changed or 0.0) if held else worst, drift or 0.0)
+
+
+def _changed(keep: Locality, after: Tensor, before: Tensor | None = None) -> float:
+    before = keep.answers if before is None else before
+    assert before is not None
+    other = before.argmax(-1) != after.argmax(-1)
+    return float((other if keep.mask is None else other[keep.mask]).double().mean())
 
 
 def _fewer(problem: Problem, kept: int | None) -> Problem:
@@ -208,7 +225,7 @@ def _fewer(problem: Problem, kept: int | None) -> Problem:
 
 def _late(metric: Metric) -> list[Rung]:
     *before, last = list(metric.layers)
-    before, exact = before[-_LATE:][::-1], MinimumNorm(metric=metric)
+    before, exact = before[-_LATE:][::-1], MinimumNorm(metric=metric, max_steps=_ROUNDS)
     readout = tuple(name for name in (last, metric.layers[last].bias) if name)
     rungs = [Rung(f"{last}, exact", exact, readout)]
     rungs += [Rung(f"{name}, least norm", exact, (name,)) for name in before]

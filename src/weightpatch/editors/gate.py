@@ -16,7 +16,7 @@ from ..problem import Problem
 from .base import Editor, Solution
 from .minimum_norm import MinimumNorm
 
-_ROUNDING = 16  # in units of the dtype's own: how far a key may be from itself, computed in another batch
+_ROUNDING = 1e-4  # how far a key may be from itself, computed in a batch of another size, relative to its norm
 
 
 @final
@@ -70,7 +70,7 @@ class Gate(Editor):
                 enlarged = book.enlarged(given[place])
                 if enlarged is not None and len(violation) == len(given):
                     tried = problem.violation({**start, keys: book.keys, radii: enlarged})
-                    if float(tried[place]) <= 0:
+                    if float(tried[place]) <= 0 and not bool(((tried > 0) & ~bad).any()):
                         book.radii = enlarged
                         continue
                 if not book.add(given[place]):
@@ -150,4 +150,4 @@ def _flat(seen: list[Tensor]) -> Tensor:
 
 
 def _tolerance(key: Tensor) -> float:
-    return _ROUNDING * torch.finfo(key.dtype).eps
+    return max(_ROUNDING, 4 * torch.finfo(key.dtype).eps)

@@ -17,6 +17,7 @@ from .base import Certificate, Editor, Solution
 from .metric import Metric
 
 _BEYOND_TARGET = 8  # how many times as far it is looked whether answers are affine: a kink may lie behind the target
+_SLACK = 64  # roundings by which a demand is overshot: in a batch of another size the model answers a little otherwise
 _BEYOND = 0.05  # by which share of its violation a demand that is not affine is overshot
 
 
@@ -118,7 +119,9 @@ class _Search:
                 grads = torch.autograd.grad(violation[place], moved, retain_graph=True, allow_unused=True)
                 pairs = zip(grads, moved, strict=True)
                 row = torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in pairs])
-                slack = 4 * eps * max(1.0, abs(value)) + (0.0 if self.affine else _BEYOND * max(value, 0.0))
+                slack = (_SLACK if eps < 1e-5 else 4) * eps * max(1.0, abs(value)) + (
+                    0.0 if self.affine else _BEYOND * max(value, 0.0)
+                )
                 self._add(place, row.double(), value, slack)
         return True
 

@@ -20,7 +20,15 @@ __all__ = ["GATE", "noted", "with_slots"]
 GATE = "gate"  # the parameters are {layer}.gate.keys, .radii and .values
 _SEEN: ContextVar[tuple[str, list[Tensor]] | None] = ContextVar("seen", default=None)
 
-fx.wrap("gated")
+
+def _gated(x: Tensor, y: Tensor, keys: Tensor, radii: Tensor, values: Tensor) -> Tensor:
+    used = radii >= 0
+    if not bool(used.any()):
+        return y
+    return gated(x, y, keys, radii, values) if bool(used.all()) else gated(x, y, keys[used], radii[used], values[used])
+
+
+fx.wrap("_gated")  # one step of a traced model
 
 
 def with_slots(model: nn.Module, layer: str, slots: int) -> nn.Module:
@@ -75,7 +83,7 @@ def _with_gate(kind: Any) -> Any:
         room = getattr(self, GATE)
         if seen is not None and seen[0] == room.layer:
             seen[1].append(x.detach())
-        return gated(x, kind.forward(self, x, *args, **kwargs), room.keys, room.radii, room.values)
+        return _gated(x, kind.forward(self, x, *args, **kwargs), room.keys, room.radii, room.values)
 
     return type(f"Gated{kind.__name__}", (kind,), {"forward": forward, "__module__": __name__})
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import NotEditable
 
-_PACKED = "__torch__.torch.classes.quantized."
+_PACKED = ("__torch__.torch.classes.quantized.", "__torch__.torch.classes.rnn.")
 _CHUNK = 2**22  # bytes that are hashed, and brought from another device, at a time
 
 
@@ -84,13 +84,15 @@ def _of_module(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield uncompiled(f"{prefix}.{name}"), buffer
         for name, value in vars(part).items():
             if isinstance(value, torch.ScriptObject) and str(value._type()).startswith(_PACKED):
-                found = hashlib.sha256("".join(_lines(value.__getstate__())).encode()).digest()
+                found = hashlib.sha256("".join(_lines(value)).encode()).digest()
                 yield uncompiled(f"{prefix}.{name}"), torch.tensor(list(found), dtype=torch.uint8, device="cpu")
 
 
 def _lines(packed: object) -> Iterator[str]:
     """What tells packed weights from others: digests of their tensors, and everything else as text, one a line."""
-    if isinstance(packed, tuple | list):
+    if isinstance(packed, torch.ScriptObject):
+        yield from _lines(packed.__getstate__())
+    elif isinstance(packed, tuple | list):
         yield f"{len(packed)}\n"
         for item in packed:
             yield from _lines(item)
