@@ -91,6 +91,7 @@ def gate(**parts):
         ({"keys": torch.zeros(2, 4, dtype=torch.int64)}, InvalidInput, "int64"),
         ({"values": torch.zeros(2, 3, dtype=torch.complex64)}, InvalidInput, "complex64"),
         ({"values": torch.zeros(2, 3).to_sparse()}, InvalidInput, "sparse"),
+        ({"values": torch.zeros(2, 3).to(torch.float8_e5m2)}, InvalidInput, "float8"),
         ({"radii": [1.0, 1.0]}, InvalidInput, "list"),
     ],
 )
@@ -163,6 +164,7 @@ def test_no_inputs_give_no_answers():
 def test_tensors_are_moved_once_a_device_and_fake_ones_are_not_kept():
     module, hook = hooked()
     cpu, meta = torch.device("cpu"), torch.device("meta")
+    assert list(hook._placed) == [cpu]
     first = hook._on(cpu)
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert isinstance(hook._on(meta)[0], FakeTensor)
@@ -170,6 +172,15 @@ def test_tensors_are_moved_once_a_device_and_fake_ones_are_not_kept():
     assert hook._on(meta) is hook._on(meta)
     assert copy.deepcopy(module).to("meta")(torch.zeros(2, 4, device="meta")).shape == (2, 3)
     assert hook._on(cpu) is first
+
+
+def test_what_a_compiled_graph_owns_is_not_kept():
+    module, _ = hooked()
+    twin = copy.deepcopy(module)
+    (hook,) = twin._forward_hooks.values()
+    compiled = torch.compile(twin, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(torch.zeros(1, 4)), module(torch.zeros(1, 4)))
+    assert hook._placed == {}
 
 
 def test_what_was_placed_in_inference_mode_can_be_trained_with():
@@ -194,7 +205,7 @@ def test_hooks_travel_without_what_they_placed():
     _, hook = hooked()
     for twin in (copy.deepcopy(hook), pickle.loads(pickle.dumps(hook))):
         assert twin._placed == {}
-        assert all(torch.equal(a, b) for a, b in zip(twin._parts, hook._parts, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(twin.gate.parts.values(), hook.gate.parts.values(), strict=True))
     torch.save(hook, buffer := io.BytesIO())
     buffer.seek(0)
     assert torch.load(buffer, weights_only=False, map_location="meta")._on(torch.device("meta"))[0].is_meta

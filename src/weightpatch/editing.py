@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from glob import escape
 from typing import Any, final
 
 import torch
@@ -19,15 +18,13 @@ from .editors import Attempt, Auto, Certificate, Editor, ladder
 from .errors import EditFailed, InvalidInput, NonFinite, ShapeMismatch
 from .gates import Gate
 from .locality import Locality
-from .network import GATE, Network, check_finite, select, with_slots
+from .network import GATE, Network, check_finite
 from .patches import Patch, applied, base_fingerprint
+from .preparing import prepared
 from .problem import Problem
-from .statistics import called, second_moments
+from .remembering import noted, recalled, without_patches
 
-__all__ = ["Edit", "Result", "Solved", "edit", "prepared", "solve"]
-
-_WIDEST = 4096  # inputs of a layer whose second moments are taken unasked: their inverse takes a second at this size
-_SHRINKAGE = 0.001  # the least drawdown of 0.0003 to 0.1 on Fashion-MNIST, from 100 reference images to 10,000
+__all__ = ["Edit", "Result", "Solved", "edit", "solve"]
 
 
 class Result(Enum):
@@ -138,6 +135,7 @@ def edit(
     keep: Locality | None = None,
     parameters: str | Sequence[str] = "*",
     max_drift: float | None = None,
+    remember: bool = True,
 ) -> Edit:
     """Look for weights of `model` that meet `constraint`; the model itself is left bit for bit as it is.
 
@@ -153,8 +151,12 @@ def edit(
             data of `Auto`.
         parameters: which parameters may move, as one or several glob patterns of their names.
         max_drift: refuse an edit that drifts more than this on what is kept, in nats: its result is `over_budget`.
+        remember: keep to the demands of the patches that are applied to the model, and write this one's, its inputs
+            too, into the patch; where inputs are tensors and demands are of kind `Classified` or `Within`. An `Auto`
+            has one budget for all these patches together then.
 
     Raises:
+        ConflictingConstraints: an applied patch demands another class of the same input.
         InvalidInput: a value, shape, label or pattern cannot be used, or the model or its answers are not finite.
         NotEditable: a chosen parameter cannot be edited.
     """
@@ -164,10 +166,18 @@ def edit(
     check_finite(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with measured(device) as cost:
+        asked = recalled(model, constraint, device) if remember else constraint
+        if remember and keep is not None and isinstance(editor, Auto) and applied(model):
+            keep = keep.bind(Network(without_patches(model)).before)
         editor, _, network = prepared(model, parameters, editor, keep)
-        solved = solve(network, constraint, editor, keep, limit)
+        solved = solve(network, asked, editor, keep, limit)
         patterns = [parameters] if isinstance(parameters, str) else parameters
-        made = {"editor": repr(editor), "settings": {"parameters": ", ".join(patterns)}}
+        made = {
+            "editor": repr(editor),
+            "settings": {"parameters": ", ".join(patterns)},
+            "constraint": solved.constraint.kind if asked is constraint else constraint.kind,
+            "demands": noted(solved.constraint, constraint) if remember else (),
+        }
         patch, solved = _patch(model, network, solved, keep, limit, made)
     return Edit(
         solved.result,
@@ -181,36 +191,6 @@ def edit(
         solved.certificate,
         solved.attempts,
     )
-
-
-def prepared(
-    model: nn.Module, parameters: str | Sequence[str], editor: Editor, keep: Locality | None
-) -> tuple[Editor, nn.Module, Network]:
-    """Return the editor, the model with the room for gates that it needs, and a view of it; the model itself stays."""
-    if isinstance(editor, Auto) and not editor.rungs:
-        if keep is None:
-            raise InvalidInput(f"{editor!r} needs something to keep; pass keep=wp.Locality(inputs)")
-        editor = _completed(editor, model, parameters, keep)
-    if not editor.slots:
-        return editor, model, Network(model, parameters)
-    names = [escape(name) for name in select(model, parameters)]
-    for layer, count in editor.slots.items():
-        model = with_slots(model, layer, count)
-        names.append(f"{escape(layer)}.{GATE}.*")
-    return editor, model, Network(model, names)
-
-
-def _completed(auto: Auto, model: nn.Module, parameters: str | Sequence[str], keep: Locality) -> Auto:
-    """Give the ladder its usual rungs for this model, with statistics of what is kept."""
-    weights = dict(model.named_parameters())
-    late = [name for name in called(model, keep.inputs, parameters=parameters) if weights[name][0].numel() < _WIDEST]
-    readouts = [name for name in called(model, keep.inputs) if weights[name].ndim == 2]
-    metric = None
-    if late:
-        chosen = [escape(name) for name in late[-4:]]
-        metric = second_moments(model, keep.inputs, parameters=chosen).metric(_SHRINKAGE)
-    gate = readouts[-1].removesuffix(".weight") if readouts else None
-    return Auto.late(metric, gate=gate, budget=auto.budget, altered=auto.altered)
 
 
 def solve(
@@ -318,7 +298,6 @@ def _patch(
     facts: dict[str, Any] = {
         "fingerprint": base_fingerprint(model),
         "requires": tuple(patch.id for patch in applied(model)),
-        "constraint": solved.constraint.kind,
         **made,
     }
     for exact in (False, True):

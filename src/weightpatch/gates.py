@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from .errors import InvalidInput, NonFinite, ShapeMismatch
 
-__all__ = ["PARTS", "Gate", "GateHook", "gated", "sizes"]
+__all__ = ["KEY", "PARTS", "Gate", "GateHook", "gate_of", "gated", "sizes"]
 
+# Among a module's forward hooks. Others have numbers that torch counts up from 0 in every process: that of an unpickled
+# model's hook would be given out again
+KEY: int = "weightpatch"  # type: ignore[assignment]
 PARTS = ("keys", "radii", "values")
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -35,7 +38,7 @@ def gated(x: Tensor, y: Tensor, keys: Tensor, radii: Tensor, values: Tensor) -> 
     """
     exact = torch.promote_types(keys.dtype, torch.float32)
     flat = x.detach().reshape(-1, x.shape[-1]).to(exact)
-    distances = torch.cdist(flat, keys.detach().to(exact), compute_mode="donot_use_mm_for_euclid_dist")
+    distances = torch.cdist(flat, keys.to(exact), compute_mode="donot_use_mm_for_euclid_dist")
     distances = distances.masked_fill(distances > radii, torch.inf)
     least, nearest = distances.min(1)
     inside = (least < torch.inf).view(*x.shape[:-1], 1)
@@ -106,12 +109,15 @@ class GateHook:
         name: the module's, for errors.
         module: takes a tensor (..., width) first and returns one (..., out).
         gates: of these sizes; of equally near keys the first one counts.
+
+    Attributes:
+        gate: all of them as one.
     """
 
     def __init__(self, name: str, module: nn.Module, gates: Sequence[Gate]) -> None:
         self._name = name
         self._first = next(iter(inspect.signature(module.forward).parameters), "")
-        self._parts = tuple(torch.cat([gate.parts[part] for gate in gates]) for part in PARTS)
+        self.gate = Gate(*(torch.cat([gate.parts[part] for gate in gates]) for part in PARTS))
         self._placed: dict[torch.device, tuple[Tensor, ...]] = {}
         self._on(next((own.device for own in chain(module.parameters(), module.buffers())), torch.device("cpu")))
 
@@ -119,23 +125,19 @@ class GateHook:
         """Return the gated output; raises `ShapeMismatch` where input and output do not fit the gate."""
         *keywords, output = rest  # what quantises a model hangs its hooks to the new modules, without keywords
         x: Any = args[0] if args else keywords[0].get(self._first) if keywords else None
-        if not (self._fits(x, 0) and self._fits(output, 2) and x.shape[:-1] == output.shape[:-1]):
+        width, out = self.gate.sizes
+        if not (_fits(x, width) and _fits(output, out) and x.shape[:-1] == output.shape[:-1]):
             raise ShapeMismatch(
-                f"a gate at {self._name!r} needs its first argument as (..., {self._parts[0].shape[1]}) and its answer "
-                f"as (..., {self._parts[2].shape[1]}), both floating-point; got {_shown(x)} and {_shown(output)}. "
+                f"a gate at {self._name!r} needs its first argument as (..., {width}) and its answer as (..., {out}), "
+                f"both floating-point; got {_shown(x)} and {_shown(output)}. "
                 "Revert the patch, and make it again for this module"
             )
         return gated(x, output, *self._on(x.device))
 
-    def _fits(self, given: Any, part: int) -> bool:
-        return (
-            isinstance(given, Tensor) and given.is_floating_point() and given.shape[-1:] == self._parts[part].shape[1:]
-        )
-
     def _on(self, device: torch.device) -> tuple[Tensor, ...]:
         found = self._placed.get(device)
         if found is None:
-            found = tuple(part.to(device) for part in self._parts)
+            found = tuple(part.to(device) for part in self.gate.parts.values())
             # What a graph owns, and what is fake, is good for this one pass only
             if not torch.compiler.is_compiling() and type(found[0]) is Tensor:
                 self._placed[device] = found
@@ -143,6 +145,12 @@ class GateHook:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_placed": {}}  # torch.load may map the tensors to other devices than these say
+
+
+def gate_of(module: nn.Module) -> Gate | None:
+    """Return what the patches that are on gate a module with; None where none does."""
+    hook = module._forward_hooks.get(KEY)
+    return hook.gate if isinstance(hook, GateHook) else None
 
 
 def sizes(module: nn.Module) -> set[tuple[int, int]]:
@@ -153,10 +161,12 @@ def sizes(module: nn.Module) -> set[tuple[int, int]]:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2:
         return set()
-    return {
-        (weight.shape[1], weight.shape[0]),
-        (weight.shape[0], weight.shape[1]),
-    }  # Conv1D of transformers is (in, out)
+    a, b = weight.shape  # (out, width), or the other way round, as in the Conv1D of transformers
+    return {(a, b), (b, a)}
+
+
+def _fits(given: Any, size: int) -> bool:
+    return isinstance(given, Tensor) and given.is_floating_point() and given.shape[-1:] == (size,)
 
 
 def _shown(given: Any) -> str:

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 import weightpatch as wp
 from weightpatch.constraints import Classified, altered
-from weightpatch.editing import Result, prepared, solve
+from weightpatch.editing import Result, solve
 from weightpatch.editors import Gate
 from weightpatch.errors import InvalidInput
+from weightpatch.preparing import prepared
 from weightpatch.tasks import images
 
 

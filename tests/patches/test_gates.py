@@ -21,7 +21,7 @@ from torch import nn
 
 from weightpatch.cli import main
 from weightpatch.errors import BaseMismatch, InvalidInput, NotEditable, PatchConflict, ShapeMismatch
-from weightpatch.gates import GateHook, gated
+from weightpatch.gates import KEY, GateHook, gate_of, gated
 from weightpatch.patches import (
     Gate,
     Patch,
@@ -166,12 +166,13 @@ def test_inside_the_values_are_added_and_outside_and_afterwards_every_bit_is_the
         *(given_to(model, first, x), model.get_submodule(first).forward(given_to(model, first, x))),
         *patch.gates[first].parts.values(),
     )
-    hook = model.get_submodule(first)._forward_hooks[applying._KEY]
-    assert isinstance(hook, GateHook)
+    assert isinstance(model.get_submodule(first)._forward_hooks[KEY], GateHook)
+    assert same_bits(gate_of(model.get_submodule(first)).values, patch.gates[first].values)
     assert torch.equal(model.get_submodule(first)(given_to(model, first, x)), expected)
     assert not torch.equal(model(x), plain)
     patch.revert(model)
     assert bare(model)
+    assert gate_of(model.get_submodule(first)) is None
     assert same_bits(model(x).detach(), plain)
     assert unchanged(model, before)
 
@@ -369,15 +370,15 @@ def test_a_module_with_two_names_has_one_hook():
     two = patch_of(model, {"again": Gate(keys, torch.zeros(8), torch.ones(8, 6))})
     one.apply(model)
     two.apply(model)
-    assert list(model.again._forward_hooks) == [applying._KEY]
-    assert len(model.again._forward_hooks[applying._KEY]._parts[0]) == 24
+    assert list(model.again._forward_hooks) == [KEY]
+    assert len(model.again._forward_hooks[KEY].gate.keys) == 24
     one.revert(model)
     assert torch.equal(model.again(keys), model.again.forward(keys) + 1)
     two.revert(model)
     assert bare(model)
     both = patch_of(model, {**one.gates, **two.gates})
     with both.applied(model):
-        assert len(model.again._forward_hooks[applying._KEY]._parts[0]) == 24
+        assert len(model.again._forward_hooks[KEY].gate.keys) == 24
     assert bare(model)
 
 
@@ -574,6 +575,18 @@ def test_a_compiled_model_can_be_given_and_is_its_inside():
     assert fingerprint(model) == mark
     patch.apply(model)
     patch.revert(model)
+    assert bare(model)
+
+
+def test_compiled_parts_are_gated_under_the_names_of_the_eager_model():
+    model, x = Net(), inputs()
+    patch = patch_of(model, {name: gate_at(model, name, x) for name in ("body.0", "conv")})
+    with patch.applied(model):
+        expected = model(x)
+    model.body, model.conv = (torch.compile(part, backend="eager") for part in (model.body, model.conv))
+    model(x)
+    with patch.applied(model):
+        assert torch.equal(model(x), expected)
     assert bare(model)
 
 

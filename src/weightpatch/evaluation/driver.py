@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from .._calling import check_batch
 from ..constraints import Constraint
-from ..editing import Result, prepared
+from ..editing import Result
 from ..editors import Editor
 from ..errors import InvalidInput
 from ..locality import Locality
 from ..network import Network, check_finite
 from ..patches import fingerprint
+from ..preparing import prepared
 from .bench import Bench
 from .comparison import TestSet, check_labels
 from .log import Log

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from .applying import base_fingerprint
     from .hashing import fingerprint
     from .operations import Full, LowRank, Operation, Rows, Sparse, encode
-    from .patch import Patch, applied
+    from .patch import Demand, Patch, applied
     from .stack import compose
     from .weights import Weights, load_weights, save_weights
 
 __all__ = [
+    "Demand",
     "Entry",
     "Full",
     "Gate",
@@ -44,7 +45,7 @@ _HOMES = {
     ".applying": ("base_fingerprint",),
     ".hashing": ("fingerprint",),
     ".operations": ("Full", "LowRank", "Operation", "Rows", "Sparse", "encode"),
-    ".patch": ("Patch", "applied"),
+    ".patch": ("Demand", "Patch", "applied"),
     ".stack": ("compose",),
     ".weights": ("Weights", "load_weights", "save_weights"),
 }

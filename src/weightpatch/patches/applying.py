@@ -14,14 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BaseMismatch, NotEditable
-from ..gates import GateHook, sizes
+from ..gates import KEY, GateHook, sizes
 from .composition import Layer
 from .hashing import combined, digests, named_tensors, uncompiled
 from .stack import State, with_layer, without_layer
 
 _ATTRIBUTE = "_weightpatch"
-# A hook's key is a number that torch counts up from 0 in every process: an unpickled model's would be given out again
-_KEY: int = "weightpatch"  # type: ignore[assignment]
 
 Hooks = Sequence[tuple[nn.Module, GateHook | None]]
 
@@ -118,11 +116,11 @@ def _inner(module: nn.Module) -> nn.Module:
 
 def _hang(part: nn.Module, hook: GateHook | None) -> None:
     if hook is None:
-        part._forward_hooks.pop(_KEY, None)
-        part._forward_hooks_with_kwargs.pop(_KEY, None)
+        part._forward_hooks.pop(KEY, None)
+        part._forward_hooks_with_kwargs.pop(KEY, None)
     else:
-        part._forward_hooks_with_kwargs[_KEY] = True
-        part._forward_hooks[_KEY] = hook  # in the place of an earlier one, where there is one
+        part._forward_hooks_with_kwargs[KEY] = True
+        part._forward_hooks[KEY] = hook  # in the place of an earlier one, where there is one
 
 
 def _restore(now: dict[int, Any], before: Mapping[int, Any]) -> None:

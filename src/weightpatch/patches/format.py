@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from ..errors import InvalidInput, PatchDamaged
 from . import files
-from .manifest import CODES, GATE, LIMIT, PARTS, Entry, Manifest
+from .manifest import CODES, DEMAND, GATE, KINDS, LIMIT, PARTS, Entry, Manifest
 
 KEY = "weightpatch-patch"
 HEADER_LIMIT = 2**20
@@ -28,7 +28,7 @@ SIZES = {"U8": 1, "I16": 2, "I32": 4, "I64": 8, "F16": 2, "BF16": 2, "F32": 4, "
 
 _INDEX = {"U8": "<u1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
 _EXPONENT = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52)}
-_NAME = re.compile(r"[0-9]{4}\.(left|right|index|values|keys|radii)")
+_NAME = re.compile(r"[0-9]{4}\.(left|right|index|values|keys|radii|inputs|wanted)")
 _BLANK = "0" * 64
 _CHUNK = 2**20
 
@@ -87,7 +87,10 @@ def parse(data: bytes | bytearray | memoryview) -> Content:
         check_operation(entry, {part: arrays.get(f"{number:04}.{part}") for part in PARTS[entry.kind]})
     for number, name in enumerate(manifest.gates, len(manifest.tensors)):
         check_gate(name, [arrays.get(f"{number:04}.{part}") for part in GATE])
-    if len(arrays) != sum(len(PARTS[entry.kind]) for entry in manifest.tensors) + len(GATE) * len(manifest.gates):
+    for number, (kind, _) in enumerate(manifest.demands, len(manifest.tensors) + len(manifest.gates)):
+        check_demand(kind, [arrays.get(f"{number:04}.{part}") for part in DEMAND])
+    more = len(GATE) * len(manifest.gates) + len(DEMAND) * len(manifest.demands)
+    if len(arrays) != sum(len(PARTS[entry.kind]) for entry in manifest.tensors) + more:
         _refuse("there are tensors that nothing uses")
     found, (head, *_) = encode(content)
     if found != identity:
@@ -129,6 +132,11 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
             "out": values.shape[1],
             "bytes": sum(len(part.data) for part in (keys, radii, values)),
         }
+    for place, (kind, limit) in enumerate(content.manifest.demands):
+        number = place + len(content.manifest.tensors) + len(content.manifest.gates)
+        inputs, wanted = (content.arrays[f"{number:04}.{part}"] for part in DEMAND)
+        size = len(inputs.data) + len(wanted.data)
+        plain["demands"][place] = {"kind": kind, KINDS[kind]: limit, "items": inputs.shape[0], "bytes": size}
     return plain | {"bytes": os.stat(path).st_size}
 
 
@@ -178,6 +186,24 @@ def check_gate(name: str, parts: Sequence[Array | None]) -> None:
     bits = np.frombuffer(arrays[1].data, dtype=_EXPONENT[arrays[1].code][0])
     if np.any(bits > 1 << (8 * bits.itemsize - 1)):  # the sign, and then more than a zero
         _refuse(f"{where} has a negative radius")
+
+
+def check_demand(kind: str, parts: Sequence[Array | None]) -> None:
+    """Refuse (`PatchDamaged`) inputs and what is wanted of them that are missing, ill-shaped or not finite."""
+    arrays = [array for array in parts if array is not None]
+    shapes, floats = [array.shape for array in arrays], [array.code in _EXPONENT for array in arrays]
+    fine = len(arrays) == len(DEMAND) and all(shape and shape[0] > 0 for shape in shapes)
+    if not fine or shapes[0][0] != shapes[1][0] or floats[1] == (kind == "Classified"):
+        _refuse(
+            f"a demand of kind {kind} has parts of the shapes {shapes}; expected inputs (n, ...) and wanted (n, ...)"
+        )
+    if kind == "Classified" and (
+        len(shapes[1]) != 1 or np.frombuffer(arrays[1].data, _INDEX[arrays[1].code]).min() < 0
+    ):
+        _refuse("a demand of kind Classified wants no classes; expected n numbers of at least 0")
+    for part, array in zip(DEMAND, arrays, strict=True):
+        if array.code in _EXPONENT:
+            _check_finite(array, f"a demand's {part}")
 
 
 def _wanted(entry: Entry, arrays: Mapping[str, Array]) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -12,6 +12,8 @@ from ..errors import InvalidInput, PatchDamaged
 FORMAT = "weightpatch-patch/1"
 LIMIT = 10_000  # tensors in a patch, and patches that one may require
 GATE = ("keys", "radii", "values")  # the parts of a gate
+DEMAND = ("inputs", "wanted")  # the parts of a demand
+KINDS = {"Classified": "margin", "Within": "tolerance"}  # of demands, and what their limit is called
 PARTS = {"full": ("values",), "lowrank": ("left", "right"), "rows": ("index", "values"), "sparse": ("index", "values")}
 CODES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 
@@ -80,6 +82,7 @@ class Manifest:
     tensors: tuple[Entry, ...] = ()
     format: str = FORMAT
     gates: tuple[str, ...] = ()
+    demands: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         _check(self.format == FORMAT, "format", self.format, f"{FORMAT}; a newer weightpatch may read it")
@@ -102,22 +105,30 @@ class Manifest:
         for name in self.gates:
             check_name(name, "module name")
         _check(_rising(self.gates), "gates", self.gates, "each module once, in rising order")
+        most -= len(self.gates)
+        _check(isinstance(self.demands, tuple) and len(self.demands) <= most, "demands", "...", f"at most {most}")
+        for demand in self.demands:
+            pair = isinstance(demand, tuple) and len(demand) == 2 and demand[0] in KINDS
+            fine = pair and isinstance(demand[1], (int, float)) and 0 <= demand[1] < float("inf")
+            _check(fine, "a demand", demand, f"one of {', '.join(KINDS)}, and its {' or '.join(KINDS.values())}")
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as plain dicts, lists and scalars."""
         plain = {name: getattr(self, name) for name in _MANIFEST}
         plain |= {name: dict(plain[name]) for name in ("settings", "metrics", "versions")}
         plain |= {"requires": list(self.requires), "tensors": [entry.to_json() for entry in self.tensors]}
-        gates = {"gates": list(plain.pop("gates"))}
-        return plain | gates if self.gates else plain  # a patch without gates reads as it did before there were any
+        more = {"gates": list(plain.pop("gates")), "demands": [list(demand) for demand in plain.pop("demands")]}
+        return plain | {name: value for name, value in more.items() if value}  # without them as before there were any
 
     @classmethod
     def from_json(cls, plain: object) -> "Manifest":
         """The manifest of `to_json`; anything else is `PatchDamaged`."""
         try:
-            wanted = [name for name in _MANIFEST if name != "gates" or (isinstance(plain, dict) and name in plain)]
+            wanted = [name for name in _MANIFEST if name not in _MORE or (isinstance(plain, dict) and name in plain)]
             fields = _fields(plain, wanted, "the manifest")
-            fields |= {name: _tuple(fields[name], name) for name in ("requires", "gates") if name in fields}
+            fields |= {name: _tuple(fields[name], name) for name in ("requires", *_MORE) if name in fields}
+            if "demands" in fields:
+                fields["demands"] = tuple(_tuple(item, "a demand") for item in fields["demands"])
             fields["tensors"] = tuple(Entry.from_json(item) for item in _tuple(fields["tensors"], "tensors"))
             return cls(**fields)
         except InvalidInput as error:
@@ -125,6 +136,7 @@ class Manifest:
 
 
 _MANIFEST = tuple(Manifest.__dataclass_fields__)
+_MORE = ("gates", "demands")  # what the manifest has only where there are some
 _ENTRY = tuple(Entry.__dataclass_fields__)
 
 

@@ -1,7 +1,7 @@
 """Patch: a change of named weights as a value that can be saved, applied and reverted."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,15 +16,45 @@ from ..gates import Gate
 from . import applying, files
 from .format import Array, Content, encode, parse, read
 from .hashing import as_bytes, digest, tied
-from .manifest import CODES, GATE, PARTS, Entry, Manifest, Scalar
-from .operations import INDEX, Full, LowRank, Operation, Rows, Sparse
+from .manifest import CODES, DEMAND, GATE, KINDS, PARTS, Entry, Manifest, Scalar
+from .operations import EDITABLE, INDEX, Full, LowRank, Operation, Rows, Sparse
 from .operations import encode as encode_operation
 
+_INTEGERS = tuple(INDEX.values())
 M = TypeVar("M", bound=nn.Module)
 
 _TYPES = INDEX | {code: getattr(torch, name) for name, code in CODES.items()}
 _CODES = {dtype: code for code, dtype in _TYPES.items()}
 _KINDS = {kind.kind: kind for kind in (Full, LowRank, Rows, Sparse)}
+
+
+@dataclass(frozen=True, eq=False)
+class Demand:
+    """What a patch was made for: inputs and what is wanted of them, as `Classified` and `Within` say it.
+
+    `kind` is the constraint's name, `limit` its margin or tolerance; `inputs` (n, ...) and `wanted`, classes (n,) or
+    targets (n, ...), are tensors. Raises `InvalidInput` for other kinds and types.
+    """
+
+    kind: str
+    limit: float
+    inputs: Tensor
+    wanted: Tensor
+
+    def __post_init__(self) -> None:
+        wanted = _INTEGERS if self.kind == "Classified" else EDITABLE
+        if self.kind not in KINDS or self.inputs.dtype not in _TYPES.values() or self.wanted.dtype not in wanted:
+            raise InvalidInput(
+                f"a demand was given as {self.kind} of {self.inputs.dtype} inputs and {self.wanted.dtype}; expected "
+                f"one of {', '.join(KINDS)}, with inputs and targets of floating-point numbers, or integers"
+            )
+
+    def copy(self) -> "Demand":
+        """The same demand on the CPU, in memory of its own."""
+        inputs, wanted = (
+            part.detach().cpu().clone(memory_format=torch.contiguous_format) for part in (self.inputs, self.wanted)
+        )
+        return Demand(self.kind, self.limit, inputs, wanted)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -37,6 +67,7 @@ class Patch:
     operations: Mapping[str, Operation]
     manifest: Manifest
     gates: Mapping[str, Gate] = field(default_factory=dict)
+    demands: tuple[Demand, ...] = ()
 
     @classmethod
     def between(
@@ -52,6 +83,7 @@ class Patch:
         metrics: Mapping[str, Scalar] | None = None,
         exact: bool = False,
         gates: Mapping[str, Gate] | None = None,
+        demands: Sequence[Demand] = (),
     ) -> "Patch":
         """The patch that makes the tensors `new` of the tensors `base`, which are all of the model's, or some.
 
@@ -59,7 +91,8 @@ class Patch:
         is the `base_fingerprint` of the model, `requires` the ids of the patches that are applied to it. Unchanged
         tensors are left out. Without `exact`, a tensor may be stored by its low-rank difference and then differ from
         `new` by rounding steps: `result` gives the weights as they will be. `gates` are given by the names of the
-        modules whose outputs they correct. Raises `InvalidInput` (`ShapeMismatch`, `NonFinite`) and `NotEditable`.
+        modules whose outputs they correct. `demands` are what the patch was made for, so that later edits can keep to
+        it. Raises `InvalidInput` (`ShapeMismatch`, `NonFinite`) and `NotEditable`.
         """
         groups = _groups(base, new)
         found = {names[0]: encode_operation(base[names[0]], new[names[0]], exact=exact) for names in groups}
@@ -77,8 +110,10 @@ class Patch:
             {"weightpatch": __version__, "torch": torch.__version__},
             entries,
             gates=tuple(sorted(gates or {})),
+            demands=tuple((demand.kind, demand.limit) for demand in demands),
         )
-        patch = cls(operations, manifest, {name: gate.copy() for name, gate in (gates or {}).items()})
+        own = tuple(demand.copy() for demand in demands)
+        patch = cls(operations, manifest, {name: gate.copy() for name, gate in (gates or {}).items()}, own)
         parse(patch.to_bytes())
         return patch
 
@@ -89,7 +124,7 @@ class Patch:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of the tensors that the patch holds; its file adds a header."""
+        """The bytes of what changes the model; the patch's file adds a header, and the demands."""
         gates = sum(gate.nbytes for gate in self.gates.values())
         return gates + sum(operation.nbytes for operation in self.operations.values())
 
@@ -158,6 +193,8 @@ class Patch:
         for number, name in enumerate(sorted(self.gates), len(self.operations)):
             for part, tensor in self.gates[name].parts.items():
                 arrays[f"{number:04}.{part}"] = _array(tensor)
+        for number, demand in enumerate(self.demands, len(self.operations) + len(self.gates)):
+            arrays |= {f"{number:04}.{part}": _array(getattr(demand, part)) for part in DEMAND}
         return Content(self.manifest, arrays)
 
     @classmethod
@@ -170,7 +207,11 @@ class Patch:
             name: Gate(*(_tensor(content.arrays[f"{number:04}.{part}"]) for part in GATE))
             for number, name in enumerate(content.manifest.gates, len(operations))
         }
-        return cls(operations, content.manifest, gates)
+        demands = tuple(
+            Demand(kind, limit, *(_tensor(content.arrays[f"{number:04}.{part}"]) for part in DEMAND))
+            for number, (kind, limit) in enumerate(content.manifest.demands, len(operations) + len(gates))
+        )
+        return cls(operations, content.manifest, gates, demands)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Patch) and self.id == other.id

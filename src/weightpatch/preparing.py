@@ -1,0 +1,49 @@
+"""What an editor needs before it can run: the rungs of a ladder, and room for gates in a copy of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from glob import escape
+
+from torch import nn
+
+from .editors import Auto, Editor
+from .errors import InvalidInput
+from .locality import Locality
+from .network import GATE, Network, select, with_slots
+from .statistics import called, second_moments
+
+__all__ = ["prepared"]
+
+_WIDEST = 4096  # inputs of a layer whose second moments are taken unasked: their inverse takes a second at this size
+_SHRINKAGE = 0.001  # the least drawdown of 0.0003 to 0.1 on Fashion-MNIST, from 100 reference images to 10,000
+
+
+def prepared(
+    model: nn.Module, parameters: str | Sequence[str], editor: Editor, keep: Locality | None
+) -> tuple[Editor, nn.Module, Network]:
+    """Return the editor, the model with the room for gates that it needs, and a view of it; the model itself stays."""
+    if isinstance(editor, Auto) and not editor.rungs:
+        if keep is None:
+            raise InvalidInput(f"{editor!r} needs something to keep; pass keep=wp.Locality(inputs)")
+        editor = _completed(editor, model, parameters, keep)
+    if not editor.slots:
+        return editor, model, Network(model, parameters)
+    names = [escape(name) for name in select(model, parameters)]
+    for layer, count in editor.slots.items():
+        model = with_slots(model, layer, count)
+        names.append(f"{escape(layer)}.{GATE}.*")
+    return editor, model, Network(model, names)
+
+
+def _completed(auto: Auto, model: nn.Module, parameters: str | Sequence[str], keep: Locality) -> Auto:
+    """Give the ladder its usual rungs for this model, with statistics of what is kept."""
+    weights = dict(model.named_parameters())
+    late = [name for name in called(model, keep.inputs, parameters=parameters) if weights[name][0].numel() < _WIDEST]
+    readouts = [name for name in called(model, keep.inputs) if weights[name].ndim == 2]
+    metric = None
+    if late:
+        chosen = [escape(name) for name in late[-4:]]
+        metric = second_moments(model, keep.inputs, parameters=chosen).metric(_SHRINKAGE)
+    gate = readouts[-1].removesuffix(".weight") if readouts else None
+    return Auto.late(metric, gate=gate, budget=auto.budget, altered=auto.altered)

@@ -1,0 +1,127 @@
+"""Patches carry their demands, and later edits keep to them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import weightpatch as wp
+from weightpatch.constraints import Classified, Kept, Within
+from weightpatch.editing import Result
+from weightpatch.editors import Adam, Auto, Budget, MinimumNorm
+from weightpatch.errors import ConflictingConstraints, InvalidInput, PatchDamaged
+from weightpatch.patches import Demand, applied
+from weightpatch.tasks import images
+
+TEST = images.fashion_test()
+
+
+def wrong(index: int, margin: float = 0.1) -> Classified:
+    return Classified(TEST.images[index : index + 1], (TEST.labels[index : index + 1] + 3) % 10, margin)
+
+
+def test_demands_survive_the_file_and_change_nothing(tmp_path):
+    model = images.fashion_classifier()
+    fix = wrong(0) & Kept(TEST.images[5:8], 0.01)
+    found = wp.edit(model, fix, MinimumNorm(), parameters="fc.*").raise_for_result()
+    found.patch.save(tmp_path / "one.patch.safetensors")
+    patch = wp.Patch.load(tmp_path / "one.patch.safetensors")
+    assert patch == found.patch
+    assert [(demand.kind, demand.limit) for demand in patch.demands] == [("Classified", 0.1), ("Classified", 0.01)]
+    assert torch.equal(patch.demands[0].inputs, TEST.images[:1])
+    assert torch.equal(patch.demands[1].wanted, model(TEST.images[5:8]).argmax(1))
+    plain = wp.edit(model, fix, MinimumNorm(), parameters="fc.*", remember=False).patch
+    assert plain.demands == ()
+    assert plain.nbytes == patch.nbytes
+    own = dict(model.state_dict())
+    assert all(torch.equal(value, patch.result(own)[name]) for name, value in plain.result(own).items())
+
+
+def test_a_later_edit_keeps_to_earlier_demands_and_without_memory_it_need_not():
+    kept, lost = [], []
+    for remember, held in ((True, kept), (False, lost)):
+        model, made = images.fashion_classifier(), []
+        for index in range(12):
+            fix = wrong(index, 0.01)
+            found = wp.edit(model, fix, MinimumNorm(), parameters="fc.*", remember=remember)
+            assert found.result in (Result.satisfied, Result.already_satisfied)
+            found.patch.apply(model)
+            made.append(fix)
+        held += [fix.satisfied(model) for fix in made]
+    assert all(kept)
+    assert not all(lost)
+
+
+def test_a_demand_that_contradicts_an_earlier_one_is_named():
+    model = images.fashion_classifier()
+    found = wp.edit(model, wrong(0), MinimumNorm(), parameters="fc.*").raise_for_result()
+    other = Classified(TEST.images[:1], TEST.labels[:1], 0.1)
+    with found.patch.applied(model):
+        with pytest.raises(ConflictingConstraints, match="ask the same input to be class"):
+            wp.edit(model, other, MinimumNorm(), parameters="fc.*")
+        assert wp.edit(model, other, MinimumNorm(), parameters="fc.*", remember=False).result is Result.satisfied
+    assert wp.edit(model, other, MinimumNorm(), parameters="fc.*").result is Result.already_satisfied
+
+
+def test_one_budget_serves_all_patches_and_once_it_is_spent_edits_are_gates():
+    model, keep = images.fashion_classifier(), wp.Locality(TEST.images[1000:1500])
+    before = model(keep.inputs).argmax(1)
+    auto, fixes, last = Auto(budget=Budget(changed=0.008, seconds=5)), [], []
+    for index in range(6):
+        fixes.append(wrong(index))
+        found = wp.edit(model, fixes[-1], auto, keep=keep, parameters="fc.*").raise_for_result()
+        found.patch.apply(model)
+        last.append(found.attempts[-1].name)
+        changed = float((model(keep.inputs).argmax(1) != before).double().mean())
+        assert found.attempts[-1].changed == pytest.approx(changed)
+        assert changed <= 0.008
+    assert all(fix.satisfied(model) for fix in fixes)
+    assert last[-1] == "gate at fc"
+    for patch in reversed(applied(model)):
+        patch.revert(model)
+    assert torch.equal(model(keep.inputs).argmax(1), before)
+
+
+def test_regression_demands_and_what_a_patch_cannot_hold():
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2).double(), torch.randn(4, 3).double()
+    near = Within(x, torch.zeros(4, 2).double(), 0.01)
+    patch = wp.edit(model, near, Adam(lr=0.05, max_steps=500)).raise_for_result().patch
+    assert (patch.demands[0].kind, patch.demands[0].limit) == ("Within", 0.01)
+    assert wp.Patch.from_bytes(patch.to_bytes()) == patch
+
+    class Keyed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, batch: torch.Tensor) -> torch.Tensor:
+            return self.head(batch)
+
+    keyed = Keyed()
+    fix = Classified({"batch": torch.ones(1, 3)}, keyed.head(torch.ones(1, 3)).argmin(1), 0.1)
+    assert wp.edit(keyed, fix, MinimumNorm()).raise_for_result().patch.demands == ()
+
+
+def test_damaged_demands_are_refused():
+    inputs, wanted = torch.ones(2, 3), torch.tensor([0, 1])
+    for parts, words in (
+        ((torch.ones(3, 3), wanted), "shapes"),
+        ((inputs, torch.tensor([-1, 1])), "at least 0"),
+        ((inputs, torch.zeros(2, 1, dtype=torch.int64)), "at least 0"),
+        ((torch.full((2, 3), float("nan")), wanted), "NaN"),
+    ):
+        with pytest.raises(PatchDamaged, match=words):
+            patch_with(Demand("Classified", 0.1, *parts))
+    for wrong_one in (("Kept", 0.1, inputs, wanted), ("Classified", 0.1, inputs, inputs)):
+        with pytest.raises(InvalidInput, match="a demand was given"):
+            Demand(*wrong_one)
+    with pytest.raises(InvalidInput, match="a demand is"):
+        patch_with(Demand("Classified", -1.0, inputs, wanted))
+    assert patch_with(Demand("Classified", 0, inputs.to(torch.int16), wanted)).demands[0].inputs.dtype == torch.int16
+
+
+def patch_with(demand: Demand) -> wp.Patch:
+    base = {"w": torch.zeros(2, 2)}
+    return wp.Patch.between(base, {"w": torch.ones(2, 2)}, fingerprint="0" * 64, demands=(demand,))
