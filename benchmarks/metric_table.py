@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -54,6 +54,14 @@ ALONE = ("layer3, MinimumNorm", "sparse block, MinimumNorm", "editable, MinimumN
 CONVOLUTIONS = ("layer3.0.conv1.weight", "layer3.0.conv2.weight", "layer3.0.downsample.0.weight")
 SHRINKAGE, REFERENCE, EDITS, FEWER = 0.001, 10_000, 1000, 200
 KEPT, CHANGED, TOTAL = 2000, 0.003, 0.01  # images that gates, budgets and KL go by; Auto's budgets, shares of these
+README = (
+    "fc, fine-tuning",
+    "layer3, LoRA",
+    "layer3, fine-tuning with KL",
+    "Auto",
+    "gate at fc",
+    "sparse block, MinimumNorm",
+)
 CHECKPOINTS, SEEDS = (1, 10, 25, 50, 100, 200, 1000), 3
 SHOWN = ("success", "steps", "drawdown", "absolute", "max", "broken/repaired/other")
 
@@ -120,7 +128,9 @@ def networks(train: images.LabelledImages) -> dict[str, Row]:
         "layer3, MinimumNorm": Row(classifier(CONVOLUTIONS, MinimumNorm)),
         "layer3, Preconditioned": Row(classifier(CONVOLUTIONS, Preconditioned), edits=FEWER),
         "Auto": Row(lambda: ladder(small(), (*CONVOLUTIONS, "fc.*"), train, changed=CHANGED, seconds=0.3)),
-        "Auto, quick": Row(lambda: ladder(small(), (*CONVOLUTIONS, "fc.*"), train, changed=CHANGED, seconds=0.02)),
+        "Auto, quick": Row(
+            lambda: ladder(small(), (*CONVOLUTIONS, "fc.*"), train, changed=CHANGED, seconds=0.02), edits=FEWER
+        ),
         "sparse block, MinimumNorm": Row(sparse(MinimumNorm)),
         "sparse block, GradientDescent": Row(descent, edits=FEWER),
         "editable, GradientDescent": Row(
@@ -129,7 +139,8 @@ def networks(train: images.LabelledImages) -> dict[str, Row]:
         "editable, MinimumNorm": Row(editable(MinimumNorm)),
         "editable, Preconditioned": Row(editable(Preconditioned), edits=FEWER),
         "editable, Auto": Row(
-            lambda: ladder(images.fashion_editable(), (images.EDITED,), train, changed=CHANGED, seconds=0.3)
+            lambda: ladder(images.fashion_editable(), (images.EDITED,), train, changed=CHANGED, seconds=0.3),
+            edits=FEWER,
         ),
     }
     for name, row in list(found.items()):
@@ -284,15 +295,38 @@ def table(rows: list[dict[str, Any]], several: list[dict[str, Any]], where: str)
     return "\n".join(lines) + "\n"
 
 
+def short(rows: list[dict[str, Any]], names: Sequence[str]) -> str:
+    """Return the table of README and docs."""
+    lines = [
+        "| edited, by | random labels: success | absolute drawdown | unasked | real mistakes: success | "
+        "absolute drawdown | unasked | ms an edit | patch |",
+        "|---|" + "---:|" * 8,
+    ]
+    for row in sorted((row for row in rows if row["name"] in names), key=lambda row: names.index(row["name"])):
+        cells = []
+        for kind in ("random", "mistakes"):
+            found = row[kind]["figures"]
+            cells += [found["success"], f"{row[kind]['drawdown_absolute']:.3f}", found["generality"]]
+        costs = (f"{row['mistakes']['edit_ms']:.0f}", size(row["mistakes"]))
+        lines.append(f"| {row['name']} | " + " | ".join((*cells, *costs)) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--show", action="store_true", help="print the stored table")
     parser.add_argument("--edits", type=int, default=EDITS, help="at most so many of each kind")
-    parser.add_argument("--only", help="a part of the names to measure")
+    parser.add_argument("--only", help="a part of the names to measure; an empty run only collects: --only nothing")
     parser.add_argument("--runs", type=Path, default=HERE / "runs" / "metric")
+    parser.add_argument("--readme", action="store_true", help="print the README's table")
+    parser.add_argument("--advice", action="store_true", help="print the table of docs/choosing-an-editor.md")
     arguments = parser.parse_args()
     if arguments.show:
         print(TABLE.read_text())
+        return
+    if arguments.readme or arguments.advice:
+        rows = [row for row in json.loads(RESULTS.read_text())["rows"] if len(row) > 2]
+        print(short(rows, README if arguments.readme else [row["name"] for row in rows]))
         return
     arguments.runs.mkdir(parents=True, exist_ok=True)
     train, test = images.fashion_mnist("train"), images.fashion_test()

@@ -139,3 +139,14 @@ def test_a_gate_saved_applied_and_reverted(tmp_path):
 
 def altered_too(fix: Classified) -> wp.constraints.All:
     return fix & altered(fix, images.altered)
+
+
+def test_a_gate_on_a_gated_model_answers_as_it_does_once_applied():
+    model, test = images.fashion_classifier(), images.fashion_test()[slice(300)]
+    image, keep = test.images[:1], wp.Locality(test.images[100:])
+    for shift in (1, 2):  # the second asks the same input to be yet another class
+        fix = Classified(image, (test.labels[:1] + shift) % 10, 0.1)
+        found = wp.edit(model, fix, Gate("fc"), keep=keep, remember=False).raise_for_result()
+        found.patch.apply(model)
+        assert fix.satisfied(model)
+        assert torch.equal(model(test.images[100:]), images.fashion_classifier()(test.images[100:]))

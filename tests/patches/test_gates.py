@@ -590,6 +590,20 @@ def test_compiled_parts_are_gated_under_the_names_of_the_eager_model():
     assert bare(model)
 
 
+def test_a_module_that_is_compiled_between_two_patches_has_one_hook():
+    model, x = Net(), inputs()
+    one, two = (patch_of(model, {"conv": gate_at(model, "conv", x[seed:], seed)}) for seed in (0, 4))
+    with one.applied(model), two.applied(model):
+        expected = model(x)
+    one.apply(model)
+    model.conv = torch.compile(model.conv, backend="eager")
+    two.apply(model)
+    assert torch.equal(model(x), expected)
+    one.revert(model)
+    two.revert(model)
+    assert bare(model)
+
+
 def quantised(seed=0):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

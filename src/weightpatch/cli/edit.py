@@ -43,6 +43,10 @@ class Settings:
     shrink: bool = True
     """Walk back to the smallest step that still holds."""
 
+    def kept(self, wanted: int | None) -> int:
+        """Return how many images to keep where it is not said."""
+        return wanted if wanted is not None else 1000 if self.editor == "Auto" else 256
+
     def make(self) -> Editor:
         """Return the editor."""
         from .. import editors
@@ -82,7 +86,7 @@ def edit(
     output: Path = Path("edit.patch.safetensors"),
     report: Path | None = None,
     margin: float = 0.1,
-    keep: int = 256,
+    keep: int | None = None,
     max_drawdown: float | None = None,
     settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     reading: Annotated[Reading, tyro.conf.arg(name="")] = Reading(),
@@ -100,8 +104,8 @@ def edit(
         output: Where the patch is written, when the edit holds.
         report: Where to write an HTML report.
         margin: By how much the class must win, in logits.
-        keep: How many of the test images hold the edit back, and are what Auto goes by; the others, at least three
-            quarters, measure it.
+        keep: How many of the test images hold the edit back, and are what Auto goes by: 1000 for Auto, else 256, each
+            of whose steps runs them all. The others, at least three quarters, measure it.
         max_drawdown: A gate: the largest loss of test accuracy allowed, in percentage points.
         settings: How to look for the edit.
         reading: How images become tensors.
@@ -119,7 +123,7 @@ def edit(
     rows = item_index(item, images)
     wanted = images.labels[rows] if label is None else torch.full_like(rows, class_index(label, images.classes))
     constraint = Classified(images.images[rows], wanted, margin)
-    kept, tested = hold_back(images if test is None else reading.load(test), keep)
+    kept, tested = hold_back(images if test is None else reading.load(test), settings.kept(keep))
     editor = None if settings.editor == "Auto" and not len(kept) else settings.make()
     found = run(network, constraint, editor, keep=locality(kept), parameters=settings.parameters)
     for attempt in found.attempts:

@@ -30,7 +30,7 @@ def evaluate(
     sequential: bool = False,
     margin: float = 0.1,
     seed: int = 0,
-    keep: int = 256,
+    keep: int | None = None,
     results: Path | None = None,
     output: Path | None = None,
     min_success: float | None = None,
@@ -50,7 +50,8 @@ def evaluate(
         sequential: Apply the edits one on another and re-test the earlier ones.
         margin: By how much the class must win, in logits.
         seed: Which items and labels are drawn.
-        keep: How many of the test images hold the edits back; the others, at least three quarters, measure them.
+        keep: How many of the test images hold the edits back, as in `edit`; the others, at least three quarters,
+            measure them.
         results: A JSONL file, one line an edit; a killed run continues from it.
         output: Where to write the summary as JSON.
         min_success: A gate: the least share of edits that must hold, from 0 to 1.
@@ -63,7 +64,7 @@ def evaluate(
     from ..tasks import images
 
     network, source = load_model(model, weights), reading.load(data)
-    kept, tested = hold_back(source if test is None else reading.load(test), keep)
+    kept, tested = hold_back(source if test is None else reading.load(test), settings.kept(keep))
     report = run(
         network,
         draw(network, source, edits, labels, margin, seed),

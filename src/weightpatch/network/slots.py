@@ -9,10 +9,11 @@ from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from ..errors import InvalidInput
-from ..gates import gated
+from ..gates import KEY, gate_of, gated
 from .clone import structural_clone
 
 __all__ = ["GATE", "noted", "with_slots"]
@@ -54,6 +55,11 @@ def with_slots(model: nn.Module, layer: str, slots: int) -> nn.Module:
         raise InvalidInput(f"a gate was asked for at layer={layer!r}; the model's linear layers are {', '.join(near)}")
     out, width = weight.shape
     room = _Room(layer)
+    if (earlier := gate_of(module)) is not None:  # of patches that are on: one book with the new keys, as when applied
+        module._forward_hooks.pop(KEY)
+        module._forward_hooks_with_kwargs.pop(KEY)
+        for name, part in earlier.parts.items():
+            room.register_buffer(f"earlier_{name}", part.to(weight.device), persistent=False)
     for name, value in (
         ("keys", weight.new_zeros(slots, width)),
         ("radii", weight.new_full((slots,), -1.0)),
@@ -83,7 +89,11 @@ def _with_gate(kind: Any) -> Any:
         room = getattr(self, GATE)
         if seen is not None and seen[0] == room.layer:
             seen[1].append(x.detach())
-        return _gated(x, kind.forward(self, x, *args, **kwargs), room.keys, room.radii, room.values)
+        book = [room.keys, room.radii, room.values]
+        if hasattr(room, "earlier_keys"):  # of equally near keys the first one counts: the new ones
+            earlier = (room.earlier_keys, room.earlier_radii, room.earlier_values)
+            book = [torch.cat(parts) for parts in zip(book, earlier, strict=True)]
+        return _gated(x, kind.forward(self, x, *args, **kwargs), *book)
 
     return type(f"Gated{kind.__name__}", (kind,), {"forward": forward, "__module__": __name__})
 

@@ -79,7 +79,8 @@ def _write(
 
 def _hooks(model: nn.Module, state: State, moved: Layer) -> Hooks:
     """The modules that the `moved` patch gates, each with its hook for all patches that are then on, or None."""
-    modules = {uncompiled(name): _inner(part) for name, part in model.named_modules(remove_duplicate=False) if name}
+    # What torch.compile has wrapped comes after its wrapper, under the same name, and takes its place
+    modules = {uncompiled(name): part for name, part in model.named_modules(remove_duplicate=False) if name}
     found = []
     for name in {modules.get(name): name for name in sorted(moved.gates)}.values():
         if (part := modules.get(name)) is None:
