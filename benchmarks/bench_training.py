@@ -372,9 +372,8 @@ def report(content: dict[str, Any]) -> str:
 def grid(quick: bool) -> list[Cell]:
     if quick:
         return [Cell(b, e, 1, k) for b in (False, True) for e in (LAST, "") for k in (1, 10)]
-    one = [Cell(b, e, 1, k) for b in (False, True) for e in (LAST, "") for k in (1, 3, 10, 30)]
-    many = [Cell(b, e, 32, k) for b in (False, True) for e in (LAST, "") for k in (1, 10) if not (b and k == 10)]
-    return sorted(one + many, key=lambda c: (c.batch_norm, not c.edited, c.rows, c.k))
+    cells = [Cell(b, e, r, k) for b in (False, True) for e in (LAST, "") for r in (1, 32) for k in (1, 3, 10, 30)]
+    return sorted(cells, key=lambda c: (c.batch_norm, not c.edited, c.rows, c.k))
 
 
 def main() -> None:
