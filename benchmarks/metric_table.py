@@ -3,12 +3,13 @@
     python benchmarks/metric_table.py                  # measures what is not measured yet; --edits N for fewer
     python benchmarks/metric_table.py --show           # prints the stored table
 
-The metric is E[x xᵀ] of the edited layer's inputs on 10,000 training images, shrinkage 0.001; gates, budgets and KL go
-by 2,000 others. The image and seven altered copies of it are demanded together (shifts, rotations by 5 degrees, noise);
-`unasked` is then the share that holds of further alterations of these eight: turned by 8 degrees, or with fresh noise.
-`alone` demands the image, and `unasked` are the seven copies. Settings of metric editors were chosen on the last 5,000
-training images, those of the fine-tuning baselines are usual ones; edits are of test images, drawdown is on all 10,000
-test images. Patch sizes are the middle one of the first 20 edits.
+The metric is E[x xᵀ] of the edited layer's inputs on 10,000 training images, shrinkage 0.001; in rows with `two-sided`
+also E[g gᵀ] of its outputs' gradients, shrinkage 0.1; gates, budgets and KL go by 2,000 others. The image and seven
+altered copies of it are demanded together (shifts, rotations by 5 degrees, noise); `unasked` is then the share that
+holds of further alterations of these eight: turned by 8 degrees, or with fresh noise. `alone` demands the image, and
+`unasked` are the seven copies. Settings of metric editors were chosen on the last 5,000 training images, those of the
+fine-tuning baselines are usual ones; edits are of test images, drawdown is on all 10,000 test images. Patch sizes are
+the middle one of the first 20 edits.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from weightpatch.editors import ladder as rmsprop_ladder
 from weightpatch.editors.base import Solution
 from weightpatch.evaluation import Sequential, figures
 from weightpatch.problem import Problem
-from weightpatch.statistics import second_moments
+from weightpatch.statistics import categorical, second_moments
 from weightpatch.tasks import images
 
 HERE = Path(__file__).parent
@@ -54,6 +55,7 @@ RESULTS, TABLE = HERE / "results" / "metric.json", HERE / "results" / "metric.md
 ALONE = ("layer3, MinimumNorm", "sparse block, MinimumNorm", "editable, MinimumNorm", "Auto", "gate at fc")
 CONVOLUTIONS = ("layer3.0.conv1.weight", "layer3.0.conv2.weight", "layer3.0.downsample.0.weight")
 SHRINKAGE, REFERENCE, EDITS, FEWER = 0.001, 10_000, 1000, 200
+OUTPUT_SHRINKAGE = 0.1
 KEPT, CHANGED, TOTAL = 2000, 0.003, 0.01  # images that gates, budgets and KL go by; Auto's budgets, shares of these
 README = (
     "fc, fine-tuning",
@@ -76,10 +78,18 @@ class Row:
     edits: int = EDITS
 
 
-def part(model: torch.nn.Module, parameters: tuple[str, ...], train: images.LabelledImages, kind: type) -> Part:
-    moments = second_moments(model, train.images[:REFERENCE], parameters=parameters)
-    settings = {"max_steps": 40} if kind is Preconditioned else {}
-    return Part(model, parameters, kind(metric=moments.metric(SHRINKAGE), **settings))
+def part(
+    model: torch.nn.Module,
+    parameters: tuple[str, ...],
+    train: images.LabelledImages,
+    kind: type,
+    two_sided: bool = False,
+    **settings: int,
+) -> Part:
+    likelihood, outputs = (categorical, OUTPUT_SHRINKAGE) if two_sided else (None, None)
+    moments = second_moments(model, train.images[:REFERENCE], parameters=parameters, likelihood=likelihood)
+    settings = {"max_steps": 40, **settings} if kind is Preconditioned else settings
+    return Part(model, parameters, kind(metric=moments.metric(SHRINKAGE, output_shrinkage=outputs), **settings))
 
 
 def ladder(model: torch.nn.Module, parameters: tuple[str, ...], train: images.LabelledImages, **budget: float) -> Part:
@@ -97,8 +107,10 @@ def networks(train: images.LabelledImages) -> dict[str, Row]:
     def given(parameters: tuple[str, ...], editor: Editor) -> Callable[[], Part]:
         return lambda: Part(small(), parameters, editor)
 
-    def classifier(parameters: tuple[str, ...], kind: type) -> Callable[[], Part]:
-        return lambda: part(small(), parameters, train, kind)
+    def classifier(
+        parameters: tuple[str, ...], kind: type, two_sided: bool = False, **settings: int
+    ) -> Callable[[], Part]:
+        return lambda: part(small(), parameters, train, kind, two_sided, **settings)
 
     def sparse(kind: type) -> Callable[[], Part]:
         def make() -> Part:
@@ -128,6 +140,12 @@ def networks(train: images.LabelledImages) -> dict[str, Row]:
         "conv2 of layer3, MinimumNorm": Row(classifier(CONVOLUTIONS[1:2], MinimumNorm)),
         "layer3, MinimumNorm": Row(classifier(CONVOLUTIONS, MinimumNorm)),
         "layer3, Preconditioned": Row(classifier(CONVOLUTIONS, Preconditioned), edits=FEWER),
+        "layer3, Preconditioned, line search": Row(
+            classifier(CONVOLUTIONS, Preconditioned, line_search=6), edits=FEWER
+        ),
+        "fc, MinimumNorm, two-sided": Row(classifier(("fc.*",), MinimumNorm, two_sided=True)),
+        "layer3, MinimumNorm, two-sided": Row(classifier(CONVOLUTIONS, MinimumNorm, two_sided=True)),
+        "layer3, Preconditioned, two-sided": Row(classifier(CONVOLUTIONS, Preconditioned, two_sided=True), edits=FEWER),
         "Auto": Row(lambda: ladder(small(), (*CONVOLUTIONS, "fc.*"), train, changed=CHANGED, seconds=0.3)),
         "Auto, quick": Row(
             lambda: ladder(small(), (*CONVOLUTIONS, "fc.*"), train, changed=CHANGED, seconds=0.02), edits=FEWER

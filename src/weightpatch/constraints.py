@@ -6,18 +6,36 @@ and write `violation`, differentiable in what the function returns.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._calling import Function, Inputs, check_batch, check_finite_tensor, leaves, length, outputs
 from .errors import ConflictingConstraints, InvalidInput, ShapeMismatch
 
-__all__ = ["All", "Classified", "Constraint", "Kept", "Within", "altered"]
+__all__ = ["All", "Classified", "Constraint", "Kept", "Piece", "Within", "altered"]
+
+
+class Piece(NamedTuple):
+    """Some demands of a constraint, and what exact editors may know of them.
+
+    Attributes:
+        violation: one number per demand, shape (n,), met where at most 0.
+        residual: None, or what the violations are squares of, shape (n, k): ``l_i = ||r_i||² - radius²``. Where r is
+            affine in what is edited, demands are met exactly, by equations where the radius is 0.
+        radius: how long a residual may be.
+        rivals: None, or what each violation is the largest of, shape (n, m): those above 0 may be met together.
+    """
+
+    violation: Tensor
+    residual: Tensor | None = None
+    radius: float = 0.0
+    rivals: Tensor | None = None
 
 
 class Constraint(ABC):
@@ -30,6 +48,18 @@ class Constraint(ABC):
     def bind(self, function: Function) -> Constraint:
         """Return this constraint with everything that depends on today's answers of `function` fixed."""
         return self
+
+    def pieces(self, function: Function) -> list[Piece]:
+        """Return the violations in parts, in order, with their residuals where they have any."""
+        return [Piece(self.violation(function))]
+
+    def refined(self, model: nn.Module) -> Constraint | None:
+        """Return a stricter constraint where this one holds and yet a model, as deployed, does otherwise; else None.
+
+        Args:
+            model: edited, in evaluation mode, of the user's own class: what generates sequences, for one.
+        """
+        return None
 
     def met(self, function: Function) -> Tensor:
         """Return which demands hold, shape (n,), bool."""
@@ -64,9 +94,20 @@ class All(Constraint):
         """Concatenate the parts' violations, shape (sum of n,)."""
         return torch.cat([part.violation(function) for part in self.parts])
 
+    def pieces(self, function: Function) -> list[Piece]:
+        """Return those of every part."""
+        return [piece for part in self.parts for piece in part.pieces(function)]
+
     def bind(self, function: Function) -> Constraint:
         """Bind every part."""
         return All(tuple(part.bind(function) for part in self.parts))
+
+    def refined(self, model: nn.Module) -> Constraint | None:
+        """Refine every part; None where no part changes."""
+        made = [part.refined(model) for part in self.parts]
+        if not any(made):
+            return None
+        return All(tuple(part if more is None else more for part, more in zip(self.parts, made, strict=True)))
 
     @property
     def kind(self) -> str:
@@ -110,6 +151,19 @@ class Classified(Constraint):
 
     def violation(self, function: Function) -> Tensor:
         """Return ``margin + max_{c != y} z_c - z_y`` per input, shape (n,)."""
+        return self._violation(*self._others(function))
+
+    def pieces(self, function: Function) -> list[Piece]:
+        """Return the violations with what they are the largest of: ``margin + z_c - z_y``, shape (n, classes)."""
+        others, wanted = self._others(function)
+        return [Piece(self._violation(others, wanted), rivals=others - wanted[:, None] + self.margin)]
+
+    def _violation(self, others: Tensor, wanted: Tensor) -> Tensor:
+        gap = others.amax(1) - wanted
+        return gap + self.margin + torch.finfo(gap.dtype).tiny * (gap == 0).to(gap.dtype)
+
+    def _others(self, function: Function) -> tuple[Tensor, Tensor]:
+        """Return the logits, those of the wanted classes -inf, and these, (n,)."""
         logits = _logits(function, self.inputs, len(self.labels))
         index = self.labels.to(logits.device, torch.int64)[:, None]
         if int(index.min()) < 0 or int(index.max()) >= logits.shape[1]:
@@ -117,15 +171,17 @@ class Classified(Constraint):
                 f"Classified was given labels between {int(index.min())} and {int(index.max())}; "
                 f"the model has {logits.shape[1]} classes, so expected 0 to {logits.shape[1] - 1}"
             )
-        wanted = logits.gather(1, index).squeeze(1)
-        gap = logits.scatter(1, index, -torch.inf).amax(1) - wanted
-        return gap + self.margin + torch.finfo(gap.dtype).tiny * (gap == 0).to(gap.dtype)
+        return logits.scatter(1, index, -torch.inf), logits.gather(1, index).squeeze(1)
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Within(Constraint):
     """Each output lies within a squared distance of its target: ``||f(x) - y||^2 - tolerance``.
+
+    To ask for the target itself, give as tolerance the square of what rounding may leave: weights in float32 reach an
+    output of size s to about 1e-6 s, those in bfloat16 to about 2e-2 s. 0 asks for it bit for bit, which rounding
+    hardly ever grants.
 
     Args:
         inputs: a batch of n items.
@@ -148,13 +204,21 @@ class Within(Constraint):
 
     def violation(self, function: Function) -> Tensor:
         """Return ``||f(x) - y||^2 - tolerance`` per input, shape (n,)."""
+        return self._residual(function).square().sum(1) - self.tolerance
+
+    def pieces(self, function: Function) -> list[Piece]:
+        """Return the violations with what they are squares of: ``f(x) - y``, shape (n, outputs)."""
+        residual = self._residual(function)
+        return [Piece(residual.square().sum(1) - self.tolerance, residual, math.sqrt(self.tolerance))]
+
+    def _residual(self, function: Function) -> Tensor:
         answer = outputs(function, self.inputs)
         if answer.shape != self.targets.shape:
             raise ShapeMismatch(
                 f"Within was given targets of shape {tuple(self.targets.shape)}; "
                 f"the model returns {tuple(answer.shape)}"
             )
-        return (answer - self.targets.to(answer)).square().reshape(len(answer), -1).sum(1) - self.tolerance
+        return (answer - self.targets.to(answer)).reshape(len(answer), -1)
 
 
 @final

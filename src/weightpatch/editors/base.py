@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeAlias, final
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from .._calling import Params
 from ..errors import InvalidInput, NotEditable
 from ..problem import Problem
+from .metric import Metric
 
 Rate: TypeAlias = "float | Mapping[str, float | Tensor]"
 
@@ -36,7 +37,8 @@ class Certificate:
 
     Attributes:
         multipliers: one a demand, (n,), float64: of the least norm where there is an answer; of a contradiction where
-            there is none, ``Σ λ_i ∇l_i = 0`` and ``Σ λ_i l_i > 0``.
+            there is none, ``Σ λ_i ∇l_i = 0`` and ``Σ λ_i l_i > 0``. Of a demand about a distance, ``||r|| ≤ ρ``, which
+            has one of any sign for each number of r, it is the length of these.
         infeasible: the demands that contradict each other; empty where there is an answer.
         affine: whether the answers to the demands' inputs were seen to be affine in the edited parameters, as those of
             a linear readout are. Then the answer is optimal, and a contradiction is one; else they hold for the
@@ -111,9 +113,25 @@ class Editor(ABC):
         """For how many keys it needs room at which layers: the driver adds it; see `Gate`."""
         return {}
 
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """Which modules' inputs and outputs it looks at: the driver puts taps there; see `KeyValue`."""
+        return ()
+
     @abstractmethod
     def run(self, problem: Problem) -> Solution:
         """Return the parameters this editor arrives at from `problem.start`, solved or not."""
+
+
+def parts(value: Any) -> Iterator[Any]:
+    """Yield an editor, what it wraps, and all of their settings."""
+    yield value
+    if is_dataclass(value) and not isinstance(value, Metric):
+        for field in fields(value):
+            yield from parts(getattr(value, field.name))
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from parts(item)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +183,22 @@ class IterativeEditor(Editor):
         """
         return grads
 
+    def advanced(self, problem: Problem, params: Params, grads: Params, state: Any) -> tuple[Params, Any]:
+        """Return parameters and state one update of `run` on: those of `step`, unless the method looks ahead.
+
+        Args:
+            problem: what is asked.
+            params: where the search is.
+            grads: the directions, as `scaled` makes them.
+            state: of the method.
+        """
+        return self.step(params, grads, state)
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether an update is a `step` and no more, so that Editable Training can go through it."""
+        return True
+
     @final
     def run(self, problem: Problem) -> Solution:
         """Repeat `step` until the constraint holds, at most `max_steps` times."""
@@ -179,7 +213,7 @@ def iterate(editor: IterativeEditor, problem: Problem) -> Solution:
         grads = direction(editor, problem, moving)
         if grads is None:
             return Solution(params, steps)
-        params, state = editor.step(params, grads, state)
+        params, state = editor.advanced(problem, params, grads, state)
     return Solution(params, editor.max_steps)
 
 
@@ -201,6 +235,11 @@ def direction(
             return None
         loss = violation.relu().sum() + _penalty(editor, problem, params)
         return editor.scaled(loss, _gradient(loss, params, create_graph))
+
+
+def objective(editor: IterativeEditor, problem: Problem, params: Params) -> Tensor:
+    """Return the editor's loss at `params`, a scalar: the violations above 0, summed, and its penalties."""
+    return problem.violation(params).relu().sum() + _penalty(editor, problem, params)
 
 
 def _penalty(editor: IterativeEditor, problem: Problem, params: Params) -> Tensor | float:

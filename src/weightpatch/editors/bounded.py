@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._calling import Params
 from ..errors import InvalidInput
+from ..problem import Problem
 from .base import IterativeEditor, Rate
 
 _WRAPPED: Any = None  # stands for the wrapped editor's own setting
@@ -71,8 +72,21 @@ class Bounded(IterativeEditor):
 
     def step(self, params: Params, grads: Params, state: BoundedState) -> tuple[Params, BoundedState]:
         """Take the wrapped editor's step, then put what went beyond the bound back to it."""
+        return self._put_back(params, state, *self.editor.step(params, grads, state.inner))
+
+    def advanced(
+        self, problem: Problem, params: Params, grads: Params, state: BoundedState
+    ) -> tuple[Params, BoundedState]:
+        """Take the wrapped editor's update, however it looks ahead, then put what went beyond the bound back to it."""
+        return self._put_back(params, state, *self.editor.advanced(problem, params, grads, state.inner))
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether the wrapped editor is."""
+        return self.editor.differentiable
+
+    def _put_back(self, params: Params, state: BoundedState, moved: Params, inner: Any) -> tuple[Params, BoundedState]:
         start = params if state.start is None else state.start
-        moved, inner = self.editor.step(params, grads, state.inner)
         near = {name: p.clamp(start[name] - self.radius, start[name] + self.radius) for name, p in moved.items()}
         return near, BoundedState(start, inner)
 

@@ -22,6 +22,10 @@ _RANK = 8  # gradients of a linear layer have at most the rank of the items that
 class LayerMetric:
     """The metric of one linear or convolution layer: ``||Δ||² = tr(Δ C Δᵀ) = E ||Δ x||²`` over its reference inputs x.
 
+    Two-sided, with G, it is ``||Δ||² = tr(G Δ C Δᵀ)``: the second-order estimate of 2 KL(before || after), in nats an
+    item, that takes what the layer is given and how its outputs matter to be independent. Source: K-FAC (Martens and
+    Grosse 2015), for convolutions Grosse and Martens 2016.
+
     Attributes:
         weight: the name of its weight.
         bias: the name of its bias, or None.
@@ -31,6 +35,9 @@ class LayerMetric:
         shrinkage: C is ``second`` plus this share of its mean eigenvalue on the diagonal.
         energy: None, or the share of the inputs' energy that edits must not touch at all: C⁻¹ becomes the projector on
             the other directions.
+        fisher: None, or E[Σ g gᵀ], summed over the positions of one item, with g the gradient of a sampled answer's
+            log-likelihood with respect to y, per group of channels, (groups, out / groups, out / groups), float64.
+        output_shrinkage: G is ``fisher`` plus this share of its mean eigenvalue on the diagonal.
     """
 
     weight: str
@@ -39,28 +46,57 @@ class LayerMetric:
     power: float
     shrinkage: float = 0.01
     energy: float | None = None
+    fisher: Tensor | None = None
+    output_shrinkage: float = 0.01
     _made: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
     def inverse(self, like: Tensor, *, with_weight: bool = True, with_bias: bool = True) -> Tensor:
         """Return C⁻¹, (groups, d, d), for the inputs of the parts that are edited, in the dtype of `like`."""
         key = (with_weight, with_bias, like.dtype, like.device)
         if key not in self._made:
-            last = self.second.shape[-1] - 1
-            index = slice(None if with_weight else last, None if with_bias else last)
-            self._made[key] = self._inverse(self.second[:, index, index]).to(like)
+            self._made[key] = self._inverse(self._of(with_weight, with_bias)).to(like)
         return self._made[key]
 
+    def shrunk(self, like: Tensor, *, with_weight: bool = True, with_bias: bool = True) -> Tensor:
+        """Return C itself, of the same shape."""
+        key = ("C", with_weight, with_bias, like.dtype, like.device)
+        if key not in self._made:
+            second = self._of(with_weight, with_bias)
+            mean = second.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None]
+            self._made[key] = (second + (self.shrinkage * mean).expand(second.shape[:2]).diag_embed()).to(like)
+        return self._made[key]
+
+    def output_inverse(self, like: Tensor) -> Tensor | None:
+        """Return G⁻¹, (groups, out / groups, out / groups), in the dtype of `like`; None for a one-sided metric."""
+        if self.fisher is None:
+            return None
+        key = ("G", like.dtype, like.device)
+        if key not in self._made:
+            self._made[key] = _shrunk_inverse(self.fisher, self.output_shrinkage).to(like)
+        return self._made[key]
+
+    def _of(self, with_weight: bool, with_bias: bool) -> Tensor:
+        last = self.second.shape[-1] - 1
+        index = slice(None if with_weight else last, None if with_bias else last)
+        return self.second[:, index, index]
+
     def _inverse(self, second: Tensor) -> Tensor:
+        if self.energy is None:
+            return _shrunk_inverse(second, self.shrinkage)
         values, vectors = torch.linalg.eigh(second)
         values = values.clamp_min(0)
-        if self.energy is None:
-            shrunk = values + self.shrinkage * values.mean(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
-            inverse: Tensor = (vectors * shrunk.reciprocal()[:, None, :]) @ vectors.mT
-            return inverse
         rest = values.cumsum(-1) / values.sum(-1, keepdim=True)  # ascending: what the weakest directions hold together
         free = (rest <= 1 - self.energy).to(values)
         projector: Tensor = (vectors * free[:, None, :]) @ vectors.mT
         return projector
+
+
+def _shrunk_inverse(second: Tensor, shrinkage: float) -> Tensor:
+    values, vectors = torch.linalg.eigh(second)
+    values = values.clamp_min(0)
+    shrunk = values + shrinkage * values.mean(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
+    inverse: Tensor = (vectors * shrunk.reciprocal()[:, None, :]) @ vectors.mT
+    return inverse
 
 
 @final
@@ -78,10 +114,18 @@ class Metric:
         shown = ", ".join(list(self.layers)[:3]) + (", ..." if len(self.layers) > 3 else "")
         some = next(iter(self.layers.values()), None)
         how = "" if some is None else f"energy={some.energy}" if some.energy else f"shrinkage={some.shrinkage}"
+        how += f", output_shrinkage={some.output_shrinkage}" if some is not None and self.two_sided else ""
         return f"<Metric of {shown}, {how}>"
 
+    @property
+    def two_sided(self) -> bool:
+        """Whether it weighs what the outputs' directions matter too."""
+        return any(layer.fisher is not None for layer in self.layers.values())
+
     def applied(self, grads: Params, eps: float | None = None) -> tuple[Params, dict[str, Tensor]]:
-        """Return ``d = C⁻¹ g``, and ``gᵀ C⁻¹ g`` of each layer, a scalar each; differentiable in the gradients.
+        """Return ``d = G⁻¹ g C⁻¹``, and the squares ``tr(gᵀ d)`` of each layer, a scalar each.
+
+        Both are differentiable in the gradients. One-sided, G is 1.
 
         Args:
             grads: by name.
@@ -93,22 +137,28 @@ class Metric:
         found: Params = {}
         squares: dict[str, Tensor] = {}
         for name, layer in self._touched(grads).items():
-            weight, bias = grads.get(layer.weight), None if layer.bias is None else grads.get(layer.bias)
-            some = weight if weight is not None else bias
-            assert some is not None
-            groups, rows = len(layer.second), len(some)
-            parts = [] if weight is None else [weight.reshape(groups, rows // groups, -1)]
-            parts += [] if bias is None else [bias.reshape(groups, rows // groups, 1)]
-            gradient = torch.cat(parts, -1)
-            inverse = layer.inverse(some, with_weight=weight is not None, with_bias=bias is not None)
-            moved = _times(gradient, inverse, eps or torch.finfo(gradient.dtype).eps)
+            gradient, parts = _joined(layer, grads)
+            inverse = layer.inverse(gradient, **parts)
+            moved = _times(gradient, inverse, eps or torch.finfo(gradient.dtype).eps, layer.output_inverse(gradient))
             squares[name] = (gradient * moved).sum()
-            if weight is not None:
-                fan_in = weight[0].numel()
-                found[layer.weight] = moved[..., :fan_in].reshape(weight.shape)
-            if bias is not None and layer.bias is not None:
-                found[layer.bias] = moved[..., -1].reshape(bias.shape)
+            found |= _apart(layer, moved, grads)
         return {name: found[name] for name in grads}, squares
+
+    def spreads(self, change: Params) -> dict[str, Tensor]:
+        """Return ``tr(Δ C Δᵀ)`` of each layer, a scalar each: what a change adds to its outputs, a mean square.
+
+        Args:
+            change: Δ, by name.
+
+        Raises:
+            InvalidInput: a part of it is of a parameter that belongs to none of the layers.
+        """
+        found = {}
+        for name, layer in self._touched(change).items():
+            delta, parts = _joined(layer, change)
+            spread = _times(delta, layer.shrunk(delta, **parts), torch.finfo(delta.dtype).eps)
+            found[name] = (delta * spread).sum()
+        return found
 
     def _touched(self, grads: Params) -> dict[str, LayerMetric]:
         owners = {name: key for key, layer in self.layers.items() for name in (layer.weight, layer.bias) if name}
@@ -121,16 +171,50 @@ class Metric:
         return {key: self.layers[key] for key in dict.fromkeys(owners[name] for name in grads)}
 
 
-def _times(gradient: Tensor, inverse: Tensor, eps: float) -> Tensor:
-    """Return the product; by a basis of the gradient's rows where these are found to be few, to rounding."""
+def _joined(layer: LayerMetric, params: Params) -> tuple[Tensor, dict[str, bool]]:
+    """Return weight and bias as one matrix per group, (groups, out / groups, d), and which of the two there are."""
+    weight, bias = params.get(layer.weight), None if layer.bias is None else params.get(layer.bias)
+    some = weight if weight is not None else bias
+    assert some is not None
+    groups, rows = len(layer.second), len(some)
+    parts = [] if weight is None else [weight.reshape(groups, rows // groups, -1)]
+    parts += [] if bias is None else [bias.reshape(groups, rows // groups, 1)]
+    return torch.cat(parts, -1), {"with_weight": weight is not None, "with_bias": bias is not None}
+
+
+def _apart(layer: LayerMetric, joined: Tensor, like: Params) -> Params:
+    """Return weight and bias by name, with the shapes that they have in `like`."""
+    found: Params = {}
+    if layer.weight in like:
+        fan_in = like[layer.weight][0].numel()
+        found[layer.weight] = joined[..., :fan_in].reshape(like[layer.weight].shape)
+    if layer.bias is not None and layer.bias in like:
+        found[layer.bias] = joined[..., -1].reshape(like[layer.bias].shape)
+    return found
+
+
+def _times(gradient: Tensor, inverse: Tensor, eps: float, left: Tensor | None = None) -> Tensor:
+    """Return ``left gradient inverse``; by a basis of the gradient's rows where these are found to be few, to rounding.
+
+    Args:
+        gradient: (groups, rows, width).
+        inverse: (groups, width, width).
+        eps: how exact the gradient is, relative.
+        left: (groups, rows, rows), or None for 1.
+    """
+
+    def whole() -> Tensor:
+        return gradient @ inverse if left is None else left @ gradient @ inverse
+
     rows, width = gradient.shape[-2:]
     if gradient.requires_grad or min(rows, width) < 4 * _RANK:
-        return gradient @ inverse
+        return whole()
     sketch = torch.randn(_RANK + 4, rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     basis = torch.linalg.qr((sketch.to(gradient) @ gradient).mT).Q
     shares = gradient @ basis
     rest = (gradient - shares @ basis.mT).norm()
     if not float(rest) <= 8 * eps * float(gradient.norm()):
-        return gradient @ inverse
+        return whole()
+    shares = shares if left is None else left @ shares
     product: Tensor = shares @ (basis.mT @ inverse)
     return product

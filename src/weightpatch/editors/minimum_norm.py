@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 
-from .._calling import Params
+from ..constraints import Piece
 from ..errors import InvalidInput, NotEditable
 from ..problem import Problem
-from ._dual import Dual, least_norm
+from ._cuts import Cuts
+from ._dual import Dual
+from ._vectors import Space, Vector
 from .base import Certificate, Editor, Solution
 from .metric import Metric
 
 _BEYOND_TARGET = 8  # how many times as far it is looked whether answers are affine: a kink may lie behind the target
 _SLACK = 64  # roundings by which a demand is overshot: in a batch of another size the model answers a little otherwise
+_RIVALS = 8  # of one demand added in a round: of thousands of classes few matter, and a round is a pass of all
+_EQUATIONS = 256  # outputs of one demand up to which each is an equation of its own
 _BEYOND = 0.05  # by which share of its violation a demand that is not affine is overshot
 
 
@@ -27,11 +32,13 @@ class MinimumNorm(Editor):
     """Solve ``min ||Δ||_C s.t. l_i(θ + Δ) ≤ 0`` for all demands i: every violated one is linearised, again and again.
 
     Demands that a solution violates are linearised there and added, so that rivals and kept samples join when they
-    matter. At a linear readout each demand is the largest of affine functions: the answer is then *the* least-norm one,
-    and the certificate says so, or names the demands that contradict each other. Elsewhere each round linearises all
-    demands where it is, and makes the least move that solves these, inside a trust region; such an answer is not the
-    least one, `Shrink` makes it smaller. Source: Kelley, *The Cutting-Plane Method*, 1960; for an inner layer, Sotoudeh
-    and Thakur, *Provable Repair of Deep Neural Networks*, PLDI 2021, solve one such problem.
+    matter: of a vocabulary few do, and only their rows are held and changed. A demand about a distance, as `Within`, is
+    an equation for each number of the output, up to the radius allowed, and the others are the largest of affine
+    functions at a linear readout: the answer is then *the* least-norm one, and the certificate says so, or names the
+    demands that contradict each other. Elsewhere each round linearises all demands where it is, and makes the least
+    move that solves these, inside a trust region; such an answer is not the least one, `Shrink` makes it smaller.
+    Source: Kelley, *The Cutting-Plane Method*, 1960; for an inner layer, Sotoudeh and Thakur, *Provable Repair of Deep
+    Neural Networks*, PLDI 2021, solve one such problem.
 
     Args:
         metric: ``||Δ||_C`` from `weightpatch.statistics`; the Euclidean norm when not given.
@@ -70,7 +77,7 @@ class MinimumNorm(Editor):
 
 
 class _Search:
-    """The linearised demands ``J (Δ - Δ_0) ≤ -b`` so far, and where the search is.
+    """Where the search is, and what has been linearised so far.
 
     Attributes:
         affine: whether the answers were affine in the parameters on every way gone so far.
@@ -79,9 +86,10 @@ class _Search:
     def __init__(self, metric: Metric | None, problem: Problem) -> None:
         self._metric, self._problem = metric, problem
         self._names = list(problem.start)
-        self._start = torch.cat([p.reshape(-1) for p in problem.start.values()]).double()
-        self._delta = torch.zeros_like(self._start)
+        self._space = Space(problem.start)
+        self._delta = self._space.zero()
         self._power = 0.0 if metric is None else sum(metric.layers[name].power for name in self._layers(metric))
+        self._size = math.sqrt(sum(float(p.double().square().sum()) for p in problem.start.values()))
         self._eps = max(torch.finfo(value.dtype).eps for value in problem.start.values())
         self.affine, self._demands = True, 0
         self._restart()
@@ -91,20 +99,14 @@ class _Search:
 
     def _restart(self) -> None:
         """Forget every linearisation, and measure from here."""
-        self._origin = self._delta
-        self._rows: list[Tensor] = []  # J and C⁻¹ Jᵀ, one flat vector a cut
-        self._moves: list[Tensor] = []
-        self._demand: list[int] = []
-        self._b: list[float] = []
-        self._slack: list[float] = []  # beyond b, against rounding
-        self._gram = self._start.new_zeros(0, 0)
-        self._weights = self._start.new_zeros(0)  # Δ = Δ_0 - Σ w_i C⁻¹ J_iᵀ
+        self._cuts = Cuts(self._space, self._metric, self._eps, self._delta)
 
     def linearise(self) -> bool:
-        """Add the demands that are violated here; say whether there was one."""
-        params = {name: value.requires_grad_() for name, value in self._params(self._delta).items()}
+        """Add the demands that are violated here; say whether there was one that may be met."""
+        params = {name: value.requires_grad_() for name, value in self._space.moved(self._delta).items()}
         with torch.enable_grad():
-            violation = self._problem.violation(params)
+            pieces = self._problem.constraint.pieces(self._problem.at(params))
+            violation = torch.cat([piece.violation for piece in pieces])
         self._demands = len(violation)
         values = violation.detach().double()
         if not bool((values > 0).any()) or not bool(values.isfinite().all()):
@@ -113,96 +115,88 @@ class _Search:
             raise NotEditable(f"the constraint does not depend on {sorted(self._names)}; choose other parameters")
         if not self.affine:
             self._restart()
-        eps, moved = torch.finfo(violation.dtype).eps, list(params.values())
-        for place, value in enumerate(values.tolist()):
-            if value > 0 or not self.affine:
-                grads = torch.autograd.grad(violation[place], moved, retain_graph=True, allow_unused=True)
-                pairs = zip(grads, moved, strict=True)
-                row = torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in pairs])
-                slack = (_SLACK if eps < 1e-5 else 4) * eps * max(1.0, abs(value)) + (
-                    0.0 if self.affine else _BEYOND * max(value, 0.0)
-                )
-                self._add(place, row.double(), value, slack)
+        first, moved, hope = 0, list(params.values()), False
+        for piece in pieces:
+            for place, value in enumerate(values[first : first + len(piece.violation)].tolist()):
+                if value <= 0 and self.affine:
+                    continue
+                residual = None if piece.residual is None else piece.residual[place]
+                if residual is None or len(residual) > _EQUATIONS:
+                    self._add(first + place, violation[first + place], value, moved)
+                    self._add_rivals(first + place, piece, place, moved)
+                    hope = True
+                else:
+                    hope = self._add_ball(first + place, residual, piece.radius, moved) or hope
+            first += len(piece.violation)
+        return hope
+
+    def _add(self, demand: int, violation: Tensor, value: float, moved: list[Tensor]) -> None:
+        """Add one demand, linearised."""
+        slack = self._rounding(violation) * max(1.0, abs(value))
+        slack += 0.0 if self.affine else _BEYOND * max(value, 0.0)
+        self._cuts.add(demand, self._row(violation, moved), value, self._delta, slack)
+
+    def _add_rivals(self, demand: int, piece: Piece, place: int, moved: list[Tensor]) -> None:
+        """Add what else violates the demand; where answers are not affine, the farthest rival alone counts."""
+        if piece.rivals is None or not self.affine:
+            return
+        values, places = piece.rivals[place].detach().topk(min(_RIVALS, piece.rivals.shape[1]))
+        for value, rival in zip(values.tolist()[1:], places.tolist()[1:], strict=True):
+            if value > 0:
+                self._add(demand, piece.rivals[place, rival], value, moved)
+
+    def _add_ball(self, demand: int, residual: Tensor, radius: float, moved: list[Tensor]) -> bool:
+        """Add a demand that is about a distance, or refine it where it is known; say whether that can help."""
+        values = residual.detach().double()
+        length = float(values.norm())
+        if self._cuts.knows(demand):
+            return self._cuts.refine(demand, values.tolist(), self._delta, radius)
+        aim = max(0.0, radius - self._rounding(residual) * max(1.0, length)) * (1.0 if self.affine else 1 - _BEYOND)
+        rows = [self._row(part, moved) for part in residual]
+        self._cuts.add_ball(demand, rows, values.tolist(), self._delta, aim)
         return True
 
-    def _add(self, demand: int, row: Tensor, value: float, slack: float) -> None:
-        """Add one cut; where the demand has it already, rounding lost it, and it asks for a little more."""
-        b = value - float(row @ (self._delta - self._origin))
-        for place, known in enumerate(self._rows):
-            if self._demand[place] == demand and float((known - row).norm()) <= 1e-4 * float(row.norm()):
-                self._slack[place] = 2 * self._slack[place] + value
-                return
-        self._rows.append(row)
-        self._moves.append(self._applied(row))
-        self._demand.append(demand)
-        self._b.append(b)
-        self._slack.append(slack)
-        new = torch.stack([other @ self._moves[-1] for other in self._rows])
-        grown = self._gram.new_zeros(len(new), len(new))
-        grown[:-1, :-1], grown[-1], grown[:, -1] = self._gram, new, new
-        self._gram = grown
-        self._weights = torch.cat([self._weights, self._weights.new_zeros(1)])
+    def _row(self, number: Tensor, moved: list[Tensor]) -> Vector:
+        grads: Sequence[Tensor | None] = [None] * len(moved)
+        if number.requires_grad:
+            grads = torch.autograd.grad(number, moved, retain_graph=True, allow_unused=True)
+        return self._space.vector(grads)
+
+    def _rounding(self, values: Tensor) -> float:
+        eps = torch.finfo(values.dtype).eps
+        return (_SLACK if eps < 1e-5 else 4) * eps
 
     def solve(self) -> Dual:
-        """Solve for all cuts."""
-        return least_norm(self._gram, self._right())
-
-    def _right(self) -> Tensor:
-        return self._gram.new_tensor([b + slack for b, slack in zip(self._b, self._slack, strict=True)])
+        """Solve for all that was linearised."""
+        return self._cuts.solve()
 
     def move(self, dual: Dual, radius: float) -> None:
         """Go to the solution; only so far as the trust region reaches where answers are not affine."""
-        target = self._combined(dual.multipliers)
+        cuts, target = self._cuts, self._cuts.change(dual.multipliers)
         self.affine = self.affine and self._affine_towards(target)
-        share = 1.0
+        share, way = 1.0, dual.multipliers - cuts.weights
         if not self.affine:
-            way = dual.multipliers - self._weights
-            length = math.sqrt(max(float(way @ self._gram @ way), 0.0))
-            reach = radius * (math.sqrt(self._power) if self._power else float(self._start.norm())) or math.inf
+            length = cuts.length(way)
+            reach = radius * (math.sqrt(self._power) if self._power else self._size) or math.inf
             share = min(1.0, reach / length) if length else 1.0
-        self._weights = self._weights + share * (dual.multipliers - self._weights)
-        self._delta = target if share == 1.0 else self._combined(self._weights)
+        cuts.weights = cuts.weights + share * way
+        self._delta = target if share == 1.0 else cuts.change(cuts.weights)
 
     def look_around(self) -> None:
         """See whether answers are affine before a contradiction is believed: no way may have been gone yet."""
-        alone = self._right().clamp_min(0) / self._gram.diagonal().clamp_min(torch.finfo(torch.float64).tiny)
-        alone = alone.where(self._gram.diagonal() > 0, 0.0)
-        self.affine = self.affine and self._affine_towards(self._combined(self._weights + alone))
+        self.affine = self.affine and self._affine_towards(self._cuts.change(self._cuts.weights + self._cuts.alone()))
 
     def solution(self, steps: int, dual: Dual | None = None) -> Solution:
         """Return where the search is, with the multipliers of each demand."""
-        weights = self._weights if dual is None else dual.multipliers
-        demands = torch.tensor(self._demand, dtype=torch.int64)
-        each = weights.new_zeros(self._demands).index_add(0, demands, weights)
+        weights = self._cuts.weights if dual is None else dual.multipliers
+        each = self._cuts.of_demands(weights, self._demands)
         bad = () if dual is None or dual.feasible else tuple((each > 1e-9 * each.max()).nonzero().squeeze(1).tolist())
-        norm = float(weights @ self._gram @ weights)
-        gap = abs(norm - float(weights @ self._right())) / max(norm, 1e-300)
-        certificate = Certificate(each, bad, self.affine, gap if len(weights) and not bad else 0.0)
-        return Solution(self._params(self._delta), steps, certificate)
+        certificate = Certificate(each, bad, self.affine, 0.0 if bad else self._cuts.gap(weights))
+        return Solution(self._space.moved(self._delta), steps, certificate)
 
-    def _applied(self, row: Tensor) -> Tensor:
-        if self._metric is None:
-            return row
-        moved, _ = self._metric.applied(self._shaped(row), self._eps)
-        return torch.cat([moved[name].reshape(-1) for name in self._names])
-
-    def _combined(self, weights: Tensor) -> Tensor:
-        total = self._origin.clone()
-        for place in weights.nonzero().squeeze(1).tolist():
-            total -= weights[place] * self._moves[place]
-        return total
-
-    def _shaped(self, flat: Tensor) -> Params:
-        parts = torch.split(flat, [value.numel() for value in self._problem.start.values()])
-        return {name: part.view_as(self._problem.start[name]) for name, part in zip(self._names, parts, strict=True)}
-
-    def _params(self, delta: Tensor) -> Params:
-        start = self._problem.start
-        return {name: value.to(start[name].dtype) for name, value in self._shaped(self._start + delta).items()}
-
-    def _affine_towards(self, target: Tensor) -> bool:
+    def _affine_towards(self, target: Vector) -> bool:
         """Compare the demands' answers there with those interpolated from here and from well beyond."""
-        far = self._delta + _BEYOND_TARGET * (target - self._delta)
+        far = self._space.combined((1.0 - _BEYOND_TARGET, _BEYOND_TARGET), (self._delta, target))
         for a, b, m in zip(self._answers(self._delta), self._answers(far), self._answers(target), strict=True):
             between = torch.lerp(a, b, 1 / _BEYOND_TARGET)
             scale = float(torch.maximum(a.abs(), b.abs()).max())
@@ -211,10 +205,10 @@ class _Search:
         return True
 
     @torch.no_grad()
-    def _answers(self, delta: Tensor) -> list[Tensor]:
+    def _answers(self, delta: Vector) -> list[Tensor]:
         """Return every tensor that the demands read."""
         seen: list[Tensor] = []
-        function = self._problem.at(self._params(delta))
+        function = self._problem.at(self._space.moved(delta))
 
         def noted(*args: object, **kwargs: object) -> object:
             answer = function(*args, **kwargs)

@@ -211,6 +211,11 @@ def _check(editor: IterativeEditor, **weights: float) -> None:
             f"EditableObjective was given {editor!r:.80} as editor; expected an IterativeEditor such as "
             "weightpatch.editors.RMSProp(lr=1e-3): only a loop of pure steps can be differentiated"
         )
+    if not editor.differentiable:
+        raise InvalidInput(
+            f"EditableObjective was given {editor!r:.120}, which chooses its steps by looking ahead, and such a choice "
+            "cannot be differentiated; leave that out for training, as in Preconditioned(line_search=0)"
+        )
     if editor.max_steps < 1:
         raise InvalidInput(f"EditableObjective was given max_steps={editor.max_steps}; expected at least 1 step")
     for name, value in weights.items():
