@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
 import pytest
 import torch
 import zoo
@@ -28,15 +31,50 @@ EDITORS = (
 
 METRIC = (
     lambda metric: wp.editors.Preconditioned(metric=metric, max_steps=200),
+    lambda metric: wp.editors.Preconditioned(metric=metric, max_steps=200, line_search=4),
     lambda metric: wp.editors.Shrink(wp.editors.Preconditioned(metric=metric, max_steps=200)),
     lambda metric: wp.editors.MinimumNorm(metric=metric),
 )
 
 
-@pytest.fixture(params=(*EDITORS, *METRIC), ids=lambda editor: getattr(editor, "__name__", type(editor).__name__))
+LAYERS = {"mlp": "3", "encoder": "layers.layers.1.linear2", "tied": "hidden", "bf16": "3"}
+
+
+def key_value(
+    preset: str, metric: Mapping[str, float] = MappingProxyType({}), **settings: float
+) -> Callable[[zoo.Case], wp.editors.Editor]:
+    """Return what makes the editor for the linear layer of a case, or skips where there is none."""
+
+    def make(case: zoo.Case) -> wp.editors.Editor:
+        if case.name not in LAYERS:
+            pytest.skip("no linear layer whose weight may move")
+        layer = LAYERS[case.name]
+        if preset == "ultraedit":
+            return wp.editors.KeyValue.ultraedit(layer)
+        moments = second_moments(case.model(), case.inputs(40), parameters=f"{layer}.weight")
+        return getattr(wp.editors.KeyValue, preset)(layer, moments.metric(**metric), **settings)
+
+    make.__name__ = preset
+    return make
+
+
+KEY_VALUE = (
+    key_value("rome"),
+    key_value("emmet"),
+    key_value("memit"),
+    key_value("alphaedit", metric={"energy": 0.8}, weight=0.1),
+    key_value("ultraedit"),
+)
+
+
+@pytest.fixture(
+    params=(*EDITORS, *METRIC, *KEY_VALUE), ids=lambda editor: getattr(editor, "__name__", type(editor).__name__)
+)
 def editor(request: pytest.FixtureRequest, case: zoo.Case) -> wp.editors.Editor:
     if isinstance(request.param, wp.editors.Editor):
         return request.param
+    if request.param in KEY_VALUE:
+        return request.param(case)
     if case.name in ("resnet", "encoder", "tied", "weight-normed"):
         pytest.skip(
             "norms, embeddings and parametrisations have no metric; tests/editors has linear layers of two of these"

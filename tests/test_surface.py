@@ -31,6 +31,7 @@ def test_root_names_are_few_sorted_and_there():
         "patches",
         "statistics",
         "tasks.images",
+        "tasks.language",
         "training",
     ],
 )

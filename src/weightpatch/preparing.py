@@ -1,4 +1,4 @@
-"""What an editor needs before it can run: the rungs of a ladder, and room for gates in a copy of the model."""
+"""What an editor needs before it can run: the rungs of a ladder, room for gates and taps in a copy of the model."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from glob import escape
 from torch import nn
 
 from .editors import Auto, Editor
+from .editors.base import parts
 from .errors import InvalidInput
 from .locality import Locality
-from .network import GATE, Network, select, with_slots
+from .network import GATE, Network, select, with_slots, with_taps
 from .statistics import called, second_moments
 
 __all__ = ["prepared"]
@@ -22,18 +23,31 @@ _SHRINKAGE = 0.001  # the least drawdown of 0.0003 to 0.1 on Fashion-MNIST, from
 def prepared(
     model: nn.Module, parameters: str | Sequence[str], editor: Editor, keep: Locality | None
 ) -> tuple[Editor, nn.Module, Network]:
-    """Return the editor, the model with the room for gates that it needs, and a view of it; the model itself stays."""
+    """Return the editor, a model with the room for gates that it needs, and a view of it; the model itself stays."""
     if isinstance(editor, Auto) and not editor.rungs:
         if keep is None:
             raise InvalidInput(f"{editor!r} needs something to keep; pass keep=wp.Locality(inputs)")
         editor = _completed(editor, model, parameters, keep)
-    if not editor.slots:
+    taps = _taps(editor)
+    if not editor.slots and not taps:
         return editor, model, Network(model, parameters)
-    names = [escape(name) for name in select(model, parameters)]
+    names = _places(model, select(model, parameters))
     for layer, count in editor.slots.items():
         model = with_slots(model, layer, count)
         names.append(f"{escape(layer)}.{GATE}.*")
-    return editor, model, Network(model, names)
+    return editor, model, Network(with_taps(model, taps) if taps else model, names)  # judged without taps
+
+
+def _places(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Return patterns for all places of these parameters: a tied one has several."""
+    own = dict(model.named_parameters())
+    chosen = {id(own[name]) for name in names}
+    return [escape(name) for name, p in model.named_parameters(remove_duplicate=False) if id(p) in chosen]
+
+
+def _taps(editor: Editor) -> list[str]:
+    """Return the modules that an editor, or one inside of it, looks at."""
+    return list(dict.fromkeys(name for part in parts(editor) if isinstance(part, Editor) for name in part.taps))
 
 
 def _completed(auto: Auto, model: nn.Module, parameters: str | Sequence[str], keep: Locality) -> Auto:
@@ -44,6 +58,12 @@ def _completed(auto: Auto, model: nn.Module, parameters: str | Sequence[str], ke
     metric = None
     if late:
         chosen = [escape(name) for name in late[-4:]]
-        metric = second_moments(model, keep.inputs, parameters=chosen).metric(_SHRINKAGE)
-    gate = readouts[-1].removesuffix(".weight") if readouts else None
+        metric = second_moments(model, keep, parameters=chosen).metric(_SHRINKAGE)
+    gate = _layer(model, weights[readouts[-1]]) if readouts else None
     return Auto.late(metric, gate=gate, budget=auto.budget, altered=auto.altered)
+
+
+def _layer(model: nn.Module, weight: nn.Parameter) -> str | None:
+    """Return the linear layer with this weight: a tied one is first named after the embedding that shares it."""
+    found = [n for n, module in model.named_modules() if isinstance(module, nn.Linear) and module.weight is weight]
+    return found[-1] if found else None

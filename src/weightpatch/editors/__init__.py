@@ -6,6 +6,7 @@ from .base import Attempt, Certificate, Editor, IterativeEditor, Solution, itera
 from .bounded import Bounded
 from .gate import Gate
 from .gradient_descent import GradientDescent
+from .key_value import KeyValue, NormalisedGradient
 from .ladder import ladder
 from .low_rank import LowRank
 from .metric import LayerMetric, Metric
@@ -29,11 +30,13 @@ __all__ = [
     "Gate",
     "GradientDescent",
     "IterativeEditor",
+    "KeyValue",
     "LayerMetric",
     "LowRank",
     "Metric",
     "MinimumNorm",
     "Momentum",
+    "NormalisedGradient",
     "Preconditioned",
     "RMSProp",
     "RProp",

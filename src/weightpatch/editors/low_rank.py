@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, final
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import final
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from .._calling import Params
 from ..errors import InvalidInput, NotEditable
 from ..problem import Problem
-from .base import Editor, IterativeEditor, Solution
+from .base import Editor, IterativeEditor, Solution, parts
 from .metric import Metric
 
 
@@ -62,8 +62,8 @@ class LowRank(Editor):
             raise InvalidInput(f"LowRank was given alpha={self.alpha}; expected a finite number above 0")
         if not isinstance(self.seed, int):
             raise InvalidInput(f"LowRank was given seed={self.seed!r}; expected an integer")
-        for part in _parts(self.editor):
-            if isinstance(part, Metric) or (isinstance(part, Editor) and part.slots):
+        for part in parts(self.editor):
+            if isinstance(part, Metric) or (isinstance(part, Editor) and (part.slots or part.taps)):
                 raise InvalidInput(
                     f"LowRank was given {self.editor!r:.80}, which needs the weights themselves for its metric or gate "
                     "and cannot move factors; use it without LowRank, or wrap another editor such as Adam(lr=1e-2)"
@@ -116,19 +116,8 @@ def _names(name: str) -> tuple[str, str]:
     return f"{name}.left", f"{name}.right"
 
 
-def _parts(value: Any) -> Iterator[Any]:
-    """Yield an editor, what it wraps, and all of their settings."""
-    yield value
-    if is_dataclass(value) and not isinstance(value, Metric):
-        for field in fields(value):
-            yield from _parts(getattr(value, field.name))
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _parts(item)
-
-
 def _check_rates(editor: Editor, factors: Params) -> None:
-    for part in _parts(editor):
+    for part in parts(editor):
         for field in fields(part) if isinstance(part, IterativeEditor) else ():
             rate = getattr(part, field.name)
             missing = sorted(factors.keys() - rate.keys()) if isinstance(rate, Mapping) else []

@@ -7,6 +7,7 @@ from .network import Network
 from .passes import Recording
 from .scope import ParameterRow, check_finite, explain, select
 from .slots import GATE, noted, with_slots
+from .taps import Seen, moved, tapped, with_taps
 
 __all__ = [
     "GATE",
@@ -14,12 +15,16 @@ __all__ = [
     "Network",
     "ParameterRow",
     "Recording",
+    "Seen",
     "check_finite",
     "explain",
+    "moved",
     "noted",
     "preserved_rng",
     "select",
     "structural_clone",
+    "tapped",
     "twice_differentiable",
     "with_slots",
+    "with_taps",
 ]
