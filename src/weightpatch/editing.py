@@ -26,6 +26,8 @@ from .remembering import noted, recalled, without_patches
 
 __all__ = ["Edit", "Result", "Solved", "edit", "solve"]
 
+_ROUNDS = 16  # searches with ever stricter constraints, until the model as deployed does what is asked
+
 
 class Result(Enum):
     """How an edit ended; the value is advice."""
@@ -66,6 +68,7 @@ class Solved:
         certificate: what an exact editor can say about its answer.
         attempts: what a ladder tried, in turn.
         within: whether the editor's own budget is kept.
+        refined: a stricter constraint, where the demands hold and yet the model as deployed does otherwise.
     """
 
     result: Result
@@ -78,6 +81,7 @@ class Solved:
     certificate: Certificate | None = None
     attempts: tuple[Attempt, ...] = ()
     within: bool = True
+    refined: Constraint | None = None
 
 
 @final
@@ -200,32 +204,52 @@ def solve(
     keep: Locality | None = None,
     max_drift: float = math.inf,
 ) -> Solved:
-    """Run `editor` on one constraint and check its answer; many edits of one model share one `network`."""
+    """Run `editor` on one constraint and check its answer; many edits of one model share one `network`.
+
+    Where the demands hold on the edited weights and the model as deployed does otherwise (`Constraint.refined`), the
+    search begins anew with the stricter constraint.
+    """
     with network.isolated():
         bound, before = _today(network, constraint)
-        problem = Problem(network.start, network.at, bound, keep, network.narrow)
         if before <= 0:
-            drift = None if keep is None else 0.0
-            return Solved(Result.already_satisfied, network.rounded(network.start), 0, before, before, drift, bound)
-        found = editor.run(problem)
-        if found.params.keys() != network.start.keys():
-            raise InvalidInput(
-                f"{editor!r} returned parameters {sorted(found.params)}; expected {sorted(network.start)}"
-            )
-        facts = (found.certificate, found.attempts, found.within)
-        unchecked = Solved(Result.unsatisfied, found.params, found.steps, before, math.nan, None, bound, *facts)
-        return check(network, unchecked, keep, max_drift)
+            bound = bound.refined(network.deployed(network.start)) or bound
+        steps, solved = 0, None
+        for _ in range(_ROUNDS):
+            solved = _solve(network, bound, editor, keep, max_drift)
+            steps += solved.steps
+            if solved.refined is None:
+                break
+            bound = solved.refined
+        assert solved is not None
+        return replace(solved, steps=steps, before=before)
+
+
+def _solve(network: Network, bound: Constraint, editor: Editor, keep: Locality | None, max_drift: float) -> Solved:
+    """Run `editor` once on a constraint with today's answers bound."""
+    with torch.no_grad():
+        before = float(bound.violation(network.before).max())
+    if before <= 0:
+        drift = None if keep is None else 0.0
+        return Solved(Result.already_satisfied, network.rounded(network.start), 0, before, before, drift, bound)
+    found = editor.run(Problem(network.start, network.at, bound, keep, network.narrow))
+    if found.params.keys() != network.start.keys():
+        raise InvalidInput(f"{editor!r} returned parameters {sorted(found.params)}; expected {sorted(network.start)}")
+    facts = (found.certificate, found.attempts, found.within)
+    unchecked = Solved(Result.unsatisfied, found.params, found.steps, before, math.nan, None, bound, *facts)
+    return check(network, unchecked, keep, max_drift)
 
 
 def check(network: Network, solved: Solved, keep: Locality | None, max_drift: float = math.inf) -> Solved:
-    """Grade parameters by a full pass, in the model's own dtype, on the bound constraint."""
-    params = network.rounded(solved.params)
+    """Grade parameters by a full pass, in the model's own dtype, on the bound constraint, and as deployed."""
+    params, refined = network.rounded(solved.params), None
     with torch.no_grad():
         after = float(solved.constraint.violation(network.full(params)).max())
         finite = math.isfinite(after) and all(bool(p.isfinite().all()) for p in params.values())
         drift = None if keep is None or not finite else _drift(network, params, keep)
     if not finite:
         result = Result.nonfinite
+    elif after <= 0 and (refined := solved.constraint.refined(network.deployed(params))) is not None:
+        result = Result.unsatisfied
     elif after <= 0:
         kept = solved.within and (drift is None or drift <= max_drift)
         result = Result.satisfied if kept else Result.over_budget
@@ -235,7 +259,7 @@ def check(network: Network, solved: Solved, keep: Locality | None, max_drift: fl
         result = Result.stalled
     else:
         result = Result.unsatisfied
-    return replace(solved, result=result, params=params, after=after, drift=drift)
+    return replace(solved, result=result, params=params, after=after, drift=drift, refined=refined)
 
 
 def _drift(network: Network, params: Params, keep: Locality) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from glob import escape
 from typing import Any
 
@@ -96,6 +96,18 @@ class Network:
         """Return the same function as `at`, by full passes: the reference that replays are held to."""
         return self._function(params, self._replayer.full)
 
+    def deployed(self, params: Params) -> nn.Module:
+        """Return a module of the model's own class that has these parameters, in evaluation mode; it shares the others.
+
+        Args:
+            params: all free parameters.
+        """
+        self._check(params)
+        clone = structural_clone(self._source)
+        for name, value in self.rounded(params).items():
+            clone.get_parameter(name).data = value
+        return clone
+
     def restarted(self, params: Params) -> Network:
         """Return the same view with other parameters to start from; what is recorded serves both.
 
@@ -157,12 +169,10 @@ class Network:
     def _function(self, params: Params, run: Any) -> Function:
         self._check(params)
 
-        def function(*args: Any, **kwargs: Any) -> Any:
-            if torch.is_inference_mode_enabled():
-                with _outside_inference():
-                    return function(*args, **kwargs)
-            args, kwargs = self._normalized(args, kwargs)
-            return run(self._cast(params), args, kwargs)
+        def function(*args: Any, **kwargs: Any) -> Any:  # no call of itself: such a cycle would keep the parameters
+            with _outside_inference() if torch.is_inference_mode_enabled() else nullcontext():
+                args, kwargs = self._normalized(args, kwargs)
+                return run(self._cast(params), args, kwargs)
 
         return function
 

@@ -1,0 +1,240 @@
+"""Demands on token sequences, and how a model is asked for the probabilities of one.
+
+A frame turns a source and candidate sequences into one batch and its labels: how models of a kind are called. The
+demands know frames, never tokenizers or models.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from ._calling import Function, check_batch, outputs
+from .constraints import Constraint
+from .errors import InvalidInput, ShapeMismatch
+
+__all__ = ["IGNORED", "CausalFrame", "Decode", "Frame", "Preferred", "Says", "Seq2SeqFrame", "token_scores"]
+
+IGNORED = -100
+Decode = Callable[[nn.Module], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame(ABC):
+    """How a kind of model is asked about sequences that follow one source.
+
+    Args:
+        pad: the padding token.
+        options: further arguments of the model's call, such as ``{"use_cache": False}``.
+    """
+
+    pad: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @abstractmethod
+    def batch(self, source: Mapping[str, Any], sequences: Sequence[Tensor]) -> tuple[dict[str, Any], Tensor]:
+        """Return the model's inputs, a row a sequence, and labels (m, length), `IGNORED` where nothing is asked.
+
+        The logits at a place of the labels are those of that token. Padding is masked.
+
+        Args:
+            source: model inputs of one item, (1, ...).
+            sequences: m of them, each (tokens,), int64, at least one token.
+        """
+
+    def rows(self, sources: Sequence[Mapping[str, Any]], sequences: Sequence[Tensor]) -> tuple[dict[str, Any], Tensor]:
+        """Return one batch, padded on the right, in which every sequence follows a source of its own.
+
+        Args:
+            sources: m of them, model inputs of one item each.
+            sequences: m of them.
+        """
+        made = [self.batch(source, [s]) for source, s in zip(sources, sequences, strict=True)]
+        inputs = dict(made[0][0])
+        for name, value in inputs.items():
+            if isinstance(value, Tensor):
+                filler = 0 if name.endswith("mask") else self.pad
+                inputs[name] = _padded([row[name][0] for row, _ in made], filler)
+        return inputs, _padded([labels[0] for _, labels in made], IGNORED)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Seq2SeqFrame(Frame):
+    """Encoder–decoder models: the source is encoded, the sequence follows `start` in the decoder.
+
+    Args:
+        start: the tokens that the decoder starts with; where there are several, as with a language token that is
+            forced, the later ones are not scored.
+        name: the argument of the model's call that takes the decoder's tokens.
+    """
+
+    start: tuple[int, ...]
+    name: str = "decoder_input_ids"
+
+    def batch(self, source: Mapping[str, Any], sequences: Sequence[Tensor]) -> tuple[dict[str, Any], Tensor]:
+        """Return the source once a sequence, the decoder's tokens, and labels."""
+        labels = _padded([_with((IGNORED,) * (len(self.start) - 1), s) for s in sequences], IGNORED)
+        begun = [_with(self.start, s)[:-1] for s in sequences]
+        inputs = {name: value.expand(len(sequences), *value.shape[1:]) for name, value in source.items()}
+        return {**inputs, self.name: _padded(begun, self.pad), **self.options}, labels
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class CausalFrame(Frame):
+    """Decoder-only models: the sequence follows the source's `input_ids`; padding is on the right and masked."""
+
+    def batch(self, source: Mapping[str, Any], sequences: Sequence[Tensor]) -> tuple[dict[str, Any], Tensor]:
+        """Return `input_ids` and `attention_mask`, and labels."""
+        prompt = source["input_ids"][0]
+        labels = _padded([_with((IGNORED,) * (len(prompt) - 1), s) for s in sequences], IGNORED)
+        whole = [torch.cat([prompt, s.to(prompt)])[:-1] for s in sequences]
+        mask = _padded([torch.ones_like(row) for row in whole], 0)
+        return {"input_ids": _padded(whole, self.pad), "attention_mask": mask, **self.options}, labels
+
+
+def token_scores(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return log p of each label, (m, length), 0 where it is `IGNORED`; logits are (m, length, vocabulary)."""
+    asked = labels != IGNORED
+    chosen = logits.gather(-1, labels.where(asked, 0)[..., None]).squeeze(-1)
+    return (chosen - logits.logsumexp(-1)).where(asked, 0.0)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Preferred(Constraint):
+    """The model prefers a target sequence to every alternative: ``margin + s(alternative) - s(target)``, one a demand.
+
+    s is the mean log-probability of a sequence's tokens, or their sum. Source: the translation constraint of Sinitsin
+    et al. (ICLR 2020), ``max_h s(h) - s(target)`` over beam hypotheses h, of which this has every part on its own.
+
+    Args:
+        source: model inputs of one item, (1, ...), such as input_ids and attention_mask.
+        target: the tokens wanted, (tokens,), int64, with the end token where the model writes one.
+        over: the alternatives, likewise.
+        frame: how the model is asked, such as ``Seq2SeqFrame(start=(0,), pad=0)``.
+        margin: by how much the target wins, in nats; at least 0.
+        total: compare sums, not means: then short sequences are preferred.
+    """
+
+    source: Mapping[str, Any]
+    target: Tensor
+    over: tuple[Tensor, ...]
+    frame: Frame
+    margin: float = 0.0
+    total: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self, "target", self.target)
+        object.__setattr__(self, "over", tuple(self.over))
+        if not self.over:
+            raise InvalidInput("Preferred was given no alternatives; expected at least one sequence in over")
+        for place, other in enumerate(self.over):
+            _check(self, f"over[{place}]", other)
+            if other.tolist() == self.target.tolist():
+                raise InvalidInput(f"over[{place}] of Preferred is the target itself; leave it out")
+
+    def violation(self, function: Function) -> Tensor:
+        """Return ``margin + s(alternative) - s(target)`` for each alternative, shape (alternatives,)."""
+        inputs, labels = self.frame.batch(self.source, (self.target, *self.over))
+        scores = token_scores(_logits(function, inputs, labels), labels)
+        scores = scores.sum(1) if self.total else scores.sum(1) / (labels != IGNORED).sum(1)
+        gap = scores[1:] - scores[0]
+        return gap + self.margin + torch.finfo(gap.dtype).tiny * (gap == 0).to(gap.dtype)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Says(Constraint):
+    """What the model generates from a prompt is an answer: every token of it beats every other token, in its place.
+
+    That is what greedy decoding needs, and all it needs: by induction, a decode whose every token is the strict winner
+    after the ones before it is the answer. Where `decode` is given, what the model really generates has the last word:
+    the driver runs it on the edited model, and where it says otherwise (a beam that likes a rival more, a rounding of a
+    cache) adds that rival, whose mean log-probability is to be lower, or a margin, and looks again.
+
+    Args:
+        source: model inputs of one item, (1, ...).
+        answer: the tokens wanted, (tokens,), int64, with the end token where the answer is to end there.
+        frame: how the model is asked.
+        margin: by how much each token wins, in logits; at least 0.
+        decode: generates from the source with a model and returns the tokens, as many as there are up to the answer's
+            length or beyond, without the prompt; None to rely on the induction.
+        rivals: what the model generated instead, so far.
+    """
+
+    source: Mapping[str, Any]
+    answer: Tensor
+    frame: Frame
+    margin: float = 0.0
+    decode: Decode | None = None
+    rivals: tuple[Tensor, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check(self, "answer", self.answer)
+
+    def violation(self, function: Function) -> Tensor:
+        """Return ``margin + max_{c != y_t} z_tc - z_ty`` of each token, then the rivals: (tokens + rivals,)."""
+        inputs, labels = self.frame.batch(self.source, (self.answer, *self.rivals))
+        logits = _logits(function, inputs, labels)
+        asked = labels[0] != IGNORED
+        wanted, at = labels[0, asked][:, None], logits[0, asked]
+        gap = at.scatter(1, wanted, -torch.inf).amax(1) - at.gather(1, wanted).squeeze(1)
+        gap = gap + self.margin + torch.finfo(gap.dtype).tiny * (gap == 0).to(gap.dtype)
+        if not self.rivals:
+            return gap
+        means = token_scores(logits, labels).sum(1) / (labels != IGNORED).sum(1)
+        return torch.cat([gap, means[1:] - means[0] + 0.01 * (1 + self.margin)])
+
+    def refined(self, model: nn.Module) -> Says | None:
+        """Add what `model` generates instead as a rival, or ask for a larger margin; None where it says the answer."""
+        if self.decode is None:
+            return None
+        said = self.decode(model).to(self.answer)
+        if said[: len(self.answer)].tolist() == self.answer.tolist():
+            return None
+        known = not len(said) or any(said.tolist() == rival.tolist() for rival in self.rivals)
+        begun = said.tolist() == self.answer[: len(said)].tolist()
+        if known or begun:
+            return replace(self, margin=2 * self.margin + 0.05)
+        return replace(self, rivals=(*self.rivals, said))
+
+
+def _logits(function: Function, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+    logits = outputs(function, inputs)
+    if logits.ndim != 3 or logits.shape[:2] != labels.shape:
+        raise ShapeMismatch(
+            f"the model returned shape {tuple(logits.shape)}; a demand on sequences expects logits of shape "
+            f"({labels.shape[0]}, {labels.shape[1]}, vocabulary)"
+        )
+    return logits
+
+
+def _check(demand: Preferred | Says, name: str, tokens: Tensor) -> None:
+    who = type(demand).__name__
+    if name in ("target", "answer"):
+        n = check_batch(demand.source, who)
+        if n != 1:
+            raise InvalidInput(f"{who} was given a source of {n} items; expected one, and & joins demands")
+        if not 0 <= demand.margin < float("inf"):
+            raise InvalidInput(f"{who} was given margin={demand.margin}; expected a finite number, at least 0")
+    if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64 or tokens.ndim != 1 or not len(tokens):
+        given = f"{tokens.dtype} of shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else repr(tokens)[:80]
+        raise InvalidInput(f"{who} was given {name} as {given}; expected token numbers, int64 of shape (tokens,)")
+    if int(tokens.min()) < 0:
+        raise InvalidInput(f"{who} was given {name} with token {int(tokens.min())}; expected numbers of at least 0")
+
+
+def _with(first: Sequence[int], tokens: Tensor) -> Tensor:
+    return torch.cat([tokens.new_tensor(first), tokens])
+
+
+def _padded(rows: Sequence[Tensor], value: int) -> Tensor:
+    """Return rows of different lengths as one tensor, (m, longest)."""
+    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
