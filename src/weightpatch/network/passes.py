@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -74,19 +74,44 @@ def plan_of(events: Sequence[Event]) -> Plan:
 
 @dataclass(frozen=True, eq=False)
 class Arguments:
-    """What a recorded call was given: where each tensor came from, else its shape and dtype, and all constants."""
+    """What a recorded call was given: where each tensor came from, else its shape and dtype, and all constants.
+
+    Attributes:
+        dims: the sizes of the pass's inputs, of all dimensions of all tensors in order.
+    """
 
     sources: tuple[tuple[Place, ...], ...]
     shapes: tuple[tuple[torch.Size, torch.dtype], ...]
     rest: list[Any]
+    dims: tuple[int, ...] = ()
 
     def like(self, other: Arguments) -> bool:
         """Say whether the same plan may serve both: sources and constants agree, sizes may differ."""
         return (
             self.sources == other.sources
-            and self.rest == other.rest
+            and len(self.rest) == len(other.rest)
+            and all(a == b or self._sizes(a, b, other) for a, b in zip(self.rest, other.rest, strict=True))
             and all(a[1] == b[1] and len(a[0]) == len(b[0]) for a, b in zip(self.shapes, other.shapes, strict=True))
         )
+
+    def _sizes(self, a: Any, b: Any, other: Arguments) -> bool:
+        """Say whether two constants are the same size of the inputs, here and there: a length, or a number of items."""
+        whole = type(a) is int and type(b) is int and len(self.dims) == len(other.dims)
+        return whole and (a, b) in zip(self.dims, other.dims, strict=True)
+
+
+@final
+@dataclass(frozen=True)
+class Either:
+    """A constant that may be one of two: whether it is a number of items cannot be told."""
+
+    one: int
+    other: int
+
+    def __eq__(self, value: object) -> bool:
+        return type(value) is int and value in (self.one, self.other)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass(eq=False)
@@ -157,7 +182,8 @@ class Recording:
                 (torch.Size((size, *shape[1:])) if shape and shape[0] == total else shape, dtype)
                 for shape, dtype in call.arguments.shapes
             )
-            call.arguments = replace(call.arguments, shapes=shapes)
+            rest = [Either(total, size) if type(c) is int and c == total else c for c in call.arguments.rest]
+            call.arguments = replace(call.arguments, shapes=shapes, rest=rest)
         return replace(found, inputs=None, output=None)
 
 
@@ -176,6 +202,7 @@ class Record:
         self._position, self._inside = 0, False
         self._known: dict[int, tuple[weakref.ref[Tensor], tuple[Place, ...]]] = {}
         self._returned: list[tuple[weakref.ref[Tensor], int]] = []
+        self._dims = tuple(size for tensor in inputs for size in tensor.shape)
         for i, tensor in enumerate(inputs):
             self._remember(tensor, (-1, i))
 
@@ -212,7 +239,8 @@ class Record:
         tensors, rest, known = flatten_call(args, kwargs)
         if not known or (not self._trained and any(tensor.requires_grad for tensor in tensors)):
             raise Diverged(f"{name} is given something that may depend on the edit")
-        made = Arguments(tuple(map(self._source, tensors)), tuple((t.shape, t.dtype) for t in tensors), rest)
+        shapes = tuple((t.shape, t.dtype) for t in tensors)
+        made = Arguments(tuple(map(self._source, tensors)), shapes, rest, self._dims)
         if len(self.plan.arguments) == index:
             self.plan.arguments.append(made)
         elif len(made.shapes) != len(self.plan.arguments[index].shapes) or not made.like(self.plan.arguments[index]):
