@@ -62,18 +62,20 @@ class Gate(Editor):
         if keys not in start:
             raise InvalidInput(f"the model has no slots for {self!r}: pass the gate itself, or Auto, as the editor")
         with torch.no_grad():
-            given, violation = _given(problem, start, self.layer)
-            bad = violation > 0 if len(violation) == len(given) else torch.ones(len(given), dtype=torch.bool)
-            around = [given[~bad]] if problem.keep is None else [given[~bad], _kept(problem, self.layer)]
+            given, violation, places = _given(problem, start, self.layer)
+            bad = violation > 0
+            stays = torch.ones(len(given), dtype=torch.bool)
+            stays[list(places.values())] = False
+            around = [given[stays]] if problem.keep is None else [given[stays], _kept(problem, self.layer)]
             book = _Book(start[keys].clone(), start[radii].clone(), torch.cat(around), self.share)
-            for place in bad.nonzero().squeeze(1).tolist():
+            for demand, place in places.items():
                 enlarged = book.enlarged(given[place])
-                if enlarged is not None and len(violation) == len(given):
+                if enlarged is not None:
                     tried = problem.violation({**start, keys: book.keys, radii: enlarged})
-                    if float(tried[place]) <= 0 and not bool(((tried > 0) & ~bad).any()):
+                    if float(tried[demand]) <= 0 and not bool(((tried > 0) & ~bad).any()):
                         book.radii = enlarged
                         continue
-                if not book.add(given[place]):
+                if not book.holds(given[place]) and not book.add(given[place]):
                     return Solution(start, 0)
             moved = {**start, keys: book.keys, radii: book.radii}
         found = self.editor.run(problem.part([values], moved))
@@ -111,6 +113,11 @@ class _Book:
         self.keys[free[0]] = key
         return True
 
+    def holds(self, key: Tensor) -> bool:
+        """Say whether this is a key already, of another demand at the same place."""
+        near = self._near(key)
+        return near is not None and near[1] == 0
+
     def _near(self, key: Tensor) -> tuple[int, float] | None:
         """Return the nearest used key and its distance."""
         used = (self.radii >= 0).nonzero().squeeze(1)
@@ -126,14 +133,29 @@ class _Book:
         return self._share * float(others.min()) if len(others) else 0.0
 
 
-def _given(problem: Problem, params: Params, layer: str) -> tuple[Tensor, Tensor]:
-    """Return what the layer is given for the demands' inputs, (m, width), and the violation."""
+def _given(problem: Problem, params: Params, layer: str) -> tuple[Tensor, Tensor, dict[int, int]]:
+    """Return what the layer is given for the demands' inputs, (m, width), the violation, and where it comes from.
+
+    The last is, for each violated demand, the row of what is given whose answer the demand depends on most: in a batch
+    of items the item, in a sequence mostly the place where the token is written.
+    """
     problem.violation(params)  # a first pass may be run several times, to be recorded
-    with noted(layer) as seen:
-        violation = problem.violation(params)
+    answers: list[Tensor] = []
+    with noted(layer, answers) as seen, torch.enable_grad():
+        violation = problem.violation({name: value.detach().requires_grad_() for name, value in params.items()})
     if not seen:
         raise InvalidInput(f"Gate({layer!r}): the layer is not called for the constraint's inputs; choose another one")
-    return _flat(seen), violation
+    places = {}
+    for demand in (violation > 0).nonzero().squeeze(1).tolist():
+        one = torch.zeros_like(violation)
+        one[demand] = 1
+        grads = torch.autograd.grad(violation, answers, one, retain_graph=True, allow_unused=True)
+        norms = [
+            answer.new_zeros(answer.shape[:-1].numel()) if grad is None else grad.flatten(0, -2).norm(dim=1)
+            for grad, answer in zip(grads, answers, strict=True)
+        ]
+        places[demand] = int(torch.cat(norms).argmax())
+    return _flat(seen), violation.detach(), places
 
 
 def _kept(problem: Problem, layer: str) -> Tensor:

@@ -19,7 +19,7 @@ from .clone import structural_clone
 __all__ = ["GATE", "noted", "with_slots"]
 
 GATE = "gate"  # the parameters are {layer}.gate.keys, .radii and .values
-_SEEN: ContextVar[tuple[str, list[Tensor]] | None] = ContextVar("seen", default=None)
+_SEEN: ContextVar[tuple[str, list[Tensor], list[Tensor] | None] | None] = ContextVar("seen", default=None)
 
 
 def _gated(x: Tensor, y: Tensor, keys: Tensor, radii: Tensor, values: Tensor) -> Tensor:
@@ -40,7 +40,8 @@ def with_slots(model: nn.Module, layer: str, slots: int) -> nn.Module:
 
     Args:
         model: any eager module.
-        layer: a module that maps (..., width) to (..., out) and has a weight of shape (out, width), as linear ones do.
+        layer: a module that maps (..., width) to (..., out) and has a weight of shape (out, width), as linear ones do,
+            or (width, out), as the Conv1D of transformers does.
         slots: how many keys there is room for.
 
     Raises:
@@ -53,7 +54,7 @@ def with_slots(model: nn.Module, layer: str, slots: int) -> nn.Module:
         linear = [name for name, part in model.named_modules() if isinstance(part, nn.Linear) and name]
         near = difflib.get_close_matches(layer, linear, 3, 0.3) or linear[-3:]
         raise InvalidInput(f"a gate was asked for at layer={layer!r}; the model's linear layers are {', '.join(near)}")
-    out, width = weight.shape
+    out, width = reversed(weight.shape) if hasattr(module, "nf") else weight.shape  # Conv1D of transformers has nf
     room = _Room(layer)
     if (earlier := gate_of(module)) is not None:  # of patches that are on: one book with the new keys, as when applied
         module._forward_hooks.pop(KEY)
@@ -87,22 +88,31 @@ def _with_gate(kind: Any) -> Any:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         seen = _SEEN.get()
         room = getattr(self, GATE)
+        y = kind.forward(self, x, *args, **kwargs)
         if seen is not None and seen[0] == room.layer:
             seen[1].append(x.detach())
+            if seen[2] is not None:
+                y = y.detach().requires_grad_()
+                seen[2].append(y)
         book = [room.keys, room.radii, room.values]
         if hasattr(room, "earlier_keys"):  # of equally near keys the first one counts: the new ones
             earlier = (room.earlier_keys, room.earlier_radii, room.earlier_values)
             book = [torch.cat(parts) for parts in zip(book, earlier, strict=True)]
-        return _gated(x, kind.forward(self, x, *args, **kwargs), *book)
+        return _gated(x, y, *book)
 
     return type(f"Gated{kind.__name__}", (kind,), {"forward": forward, "__module__": __name__})
 
 
 @contextmanager
-def noted(layer: str) -> Iterator[list[Tensor]]:
-    """Collect what a layer with slots is given, call by call, inside of the block."""
+def noted(layer: str, answers: list[Tensor] | None = None) -> Iterator[list[Tensor]]:
+    """Collect what a layer with slots is given, call by call, inside of the block.
+
+    Args:
+        layer: its name.
+        answers: gets what the layer answers without its gate, as leaves that gradients can be taken of.
+    """
     seen: list[Tensor] = []
-    token = _SEEN.set((layer, seen))
+    token = _SEEN.set((layer, seen, answers))
     try:
         yield seen
     finally:
