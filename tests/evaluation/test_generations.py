@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("transformers")
+
+import tiny_text as tiny
+
+import weightpatch as wp
+from weightpatch.editors import Gate, RMSProp
+from weightpatch.errors import InvalidInput
+from weightpatch.evaluation.generations import SlowGenerations
+from weightpatch.network import Network
+from weightpatch.tasks import text
+from weightpatch.tasks.text._protocol import greedy
+
+PAD = tiny.WORDS - 1
+TEXTS = tuple(" ".join(str(1 + (7 * i + 3 * j) % (PAD - 1)) for j in range(1 + i % 5)) for i in range(24))
+LAST = {"translator": "model.decoder.layers.1.fc2.*", "language": "transformer.h.1.mlp.c_proj.*"}
+
+
+def made(name: str, **told) -> text.Generating:
+    told = {"max_new_tokens": 7, **told}
+    if name == "translator":
+        model = tiny.marian()
+        model.generation_config.forced_eos_token_id = None
+        return text.Seq2Seq(model, tiny.Words(PAD, 0), told)
+    return text.CausalLM(tiny.gpt2(), tiny.Words(0), told)
+
+
+@pytest.fixture(params=LAST)
+def name(request):
+    return request.param
+
+
+def views(name, **told):
+    kind = made(name, **told)
+    network = Network(kind.model, LAST[name])
+    fast = text.generations(kind, network, TEXTS)
+    anew = lambda model, items: kind.generate([TEXTS[i] for i in items], model)  # noqa: E731
+    return kind, network, fast, SlowGenerations(network, fast.base, fast._forced, anew)
+
+
+def moved(network, scale, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {key: value + scale * torch.randn(value.shape, generator=generator) for key, value in network.start.items()}
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 0.03, 0.3])
+def test_the_fast_way_answers_as_every_decode_does(name, scale):
+    _, network, fast, slow = views(name)
+    params = moved(network, scale)
+    a, b = fast.predict(params), slow.predict(params)
+    assert {i: tokens.tolist() for i, tokens in a.changed.items()} == {
+        i: tokens.tolist() for i, tokens in b.changed.items()
+    }
+    assert a.drift == pytest.approx(b.drift, rel=1e-4, abs=1e-9)
+    assert b.anew == len(TEXTS)
+    if scale == 0.0:
+        assert a.anew < len(TEXTS) / 4 and a.drift == pytest.approx(0, abs=1e-9)
+    if scale == 0.3:
+        assert len(a.changed) > len(TEXTS) / 4  # or the comparison says nothing
+
+
+def test_every_item_is_decoded_where_decoding_is_not_greedy(name):
+    _, network, fast, _ = views(name, num_beams=3)
+    assert fast.predict(moved(network, 0.0)).anew == len(TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("told", "plain"),
+    [({}, True), ({"num_beams": 2}, False), ({"do_sample": True}, False), ({"repetition_penalty": 1.2}, False)],
+)
+def test_what_counts_as_greedy(told, plain):
+    assert greedy(made("translator", **told)) is plain
+
+
+def test_a_setting_of_the_model_itself_counts_too():
+    kind = made("language")
+    kind.model.generation_config.no_repeat_ngram_size = 2
+    assert not greedy(kind)
+
+
+def test_drift_is_the_mean_kl_of_a_token():
+    kind, network, fast, _ = views("language")
+    params = moved(network, 0.1)
+    after = copy.deepcopy(kind.model)
+    after.load_state_dict({**after.state_dict(), **params})
+    total, count = 0.0, 0
+    for source, tokens in zip(TEXTS, fast.base, strict=True):
+        prompt = kind.source(source)["input_ids"][0]
+        whole = torch.cat([prompt, tokens])[None]
+        with torch.no_grad():
+            p, q = (
+                m(input_ids=whole).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1) for m in (kind.model, after)
+            )
+        total += float(F.kl_div(q, p, log_target=True, reduction="sum"))
+        count += len(tokens)
+    assert fast.predict(params).drift == pytest.approx(total / count, rel=1e-4)
+
+
+def same(answers, references):
+    return 100 * sum(a == b for a, b in zip(answers, references, strict=True)) / len(answers)
+
+
+def test_a_report_says_what_a_plain_loop_finds(name, tmp_path):
+    kind = made(name)
+    before = copy.deepcopy(kind.model.state_dict())
+    answers = [kind.text(tokens) for tokens in kind.generate(TEXTS)]
+    edits = [kind.says(TEXTS[i], torch.tensor([5, 6 + i])) for i in range(3)]
+    editor = RMSProp(lr=3e-3, max_steps=60)
+    seen = []
+    report = text.evaluate(
+        kind,
+        edits,
+        editor,
+        texts=TEXTS,
+        references=answers,
+        score=same,
+        parameters=LAST[name],
+        results=tmp_path / "rows.jsonl",
+        progress=seen.append,
+    )
+    assert report.base_score == 100 and list(report.rows) == seen
+    for row, edit in zip(report.rows, edits, strict=True):
+        found = wp.edit(kind.model, edit, editor, parameters=LAST[name])
+        model = copy.deepcopy(kind.model)
+        found.patch.apply(model)
+        new = [kind.text(tokens) for tokens in kind.generate(TEXTS, model)]
+        assert row.result == found.result.name and row.steps == found.steps
+        assert row.decoded == (kind.decoding(TEXTS[row.index])(model)[:2].tolist() == edit.answer.tolist())
+        assert row.score == pytest.approx(same(new, answers))
+        assert row.changed == pytest.approx(sum(a != b for a, b in zip(new, answers, strict=True)) / len(TEXTS))
+    assert all(torch.equal(value, before[key]) for key, value in kind.model.state_dict().items())
+    assert report.drawdown.value == pytest.approx(sum(100 - row.score for row in report.edited) / len(report.edited))
+    assert {"success", "steps", "drawdown", "changed"} <= set(report.figures())
+
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines[:2]) + '\n{"index": 1, "res')
+    again = text.evaluate(
+        kind,
+        edits,
+        editor,
+        texts=TEXTS,
+        references=answers,
+        score=same,
+        parameters=LAST[name],
+        results=tmp_path / "rows.jsonl",
+    )
+    assert [{**vars(row), "seconds": 0} for row in again.rows] == [{**vars(row), "seconds": 0} for row in report.rows]
+    assert json.loads(lines[0])["base_score"] == 100
+
+
+def test_a_gate_edits_a_sequence_model(name):
+    kind = made(name)
+    layer = LAST[name].removesuffix(".*")
+    edits = [kind.says(TEXTS[3], torch.tensor([5, 6]))]
+    report = text.evaluate(
+        kind, edits, Gate(layer, 8), texts=TEXTS[4:], parameters=LAST[name], keep=kind.kept(TEXTS[4:])
+    )
+    assert report.rows[0].decoded and report.base_score is None
+
+
+def test_what_prefers_a_target_is_judged_by_what_is_generated():
+    kind, editor = made("translator"), RMSProp(lr=3e-3, max_steps=200)
+    wide = "model.decoder.layers.*"
+    edits = []
+    for place in range(2, 6):
+        target = kind.answers(TEXTS[place], 8)[-1]
+        edits.append(kind.preferred(TEXTS[place], target, 8))
+        assert len(edits[-1].over) == 7
+    report = text.evaluate(kind, edits, editor, texts=TEXTS[8:], parameters=wide)
+    for row, fix, source in zip(report.rows, edits, TEXTS[2:6], strict=True):
+        found = wp.edit(kind.model, fix, editor, parameters=wide)
+        assert found.result is wp.Result.satisfied and row.result == "satisfied"
+        model = copy.deepcopy(kind.model)
+        found.patch.apply(model)
+        said = kind.decoding(source)(model)[: len(fix.target)]
+        assert row.decoded == (said.tolist() == fix.target.tolist())
+    assert not all(row.decoded for row in report.rows)  # what is preferred need not be what is said
+
+
+def test_bad_arguments_are_explained():
+    kind = made("language")
+    fix = kind.says(TEXTS[0], torch.tensor([5]))
+    with pytest.raises(InvalidInput, match="0 edits"):
+        text.evaluate(kind, [], RMSProp(lr=1e-3), texts=TEXTS)
+    with pytest.raises(InvalidInput, match="references and score together"):
+        text.evaluate(kind, [fix], RMSProp(lr=1e-3), texts=TEXTS, references=TEXTS)
+    with pytest.raises(InvalidInput, match="2 texts and 1 answers"):
+        kind.forced(TEXTS[:2], [torch.tensor([1])])
+    with pytest.raises(InvalidInput, match="does not exist"):
+        text.load("no-such-folder")
