@@ -7,8 +7,10 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 from ._output import Answer, complain
+from ._speakers import TEXT_TASKS
 
 __all__ = ["main"]
 
@@ -23,9 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from .apply import apply
     from .demo import demo
+    from .demo_text import demo_text
     from .diff import diff
+    from .diff_text import diff_text
     from .doctor import doctor
     from .edit import edit
+    from .edit_text import edit_text
     from .evaluate import evaluate
     from .inspect import inspect
     from .revert import revert
@@ -37,7 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    commands = {f.__name__: f for f in (demo, edit, evaluate, train, diff, apply, revert, inspect, doctor)}
+    commands: dict[str, Any] = {
+        f.__name__: f for f in (demo, edit, evaluate, train, diff, apply, revert, inspect, doctor)
+    }
+    if _task(arguments) in TEXT_TASKS:  # these commands have other options there
+        commands |= {"demo": demo_text, "edit": edit_text, "diff": diff_text}
     as_json = "--json" in arguments
     try:
         answer: Answer = tyro.extras.subcommand_cli_from_dict(
@@ -59,3 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if as_json:
         print(json.dumps(answer.facts, indent=2, sort_keys=True))
     return answer.code
+
+
+def _task(arguments: Sequence[str]) -> str:
+    """Return what `--task` says."""
+    for word, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        if word.startswith("--task"):
+            return after if word == "--task" else word.removeprefix("--task=")
+    return "images"

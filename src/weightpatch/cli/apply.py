@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from ._folder import check_model, of_file, weights_file, written_to
 from ._output import Answer, console
 
 
@@ -17,15 +18,20 @@ def apply(
 
     Args:
         patch: The .patch.safetensors file.
-        weights: The weights it was made for, .safetensors or .pt, with or without other patches.
-        output: Where to write the patched weights as .safetensors; over the weights themselves when not given.
+        weights: The weights it was made for, .safetensors or .pt, with or without other patches; or a model folder that
+            save_pretrained wrote.
+        output: Where to write the patched weights as .safetensors, or a new folder for the patched model; over the
+            weights themselves when not given.
         json: Print facts as JSON alone.
     """
     from ..patches import Patch, load_weights, save_weights
 
-    one = Patch.load(patch)
-    patched = load_weights(weights).apply(one)
-    target = weights if output is None else output
+    one, file = Patch.load(patch), weights_file(weights)
+    loaded = load_weights(file)
+    if (fitted := of_file(one, loaded, file)) is not one:
+        check_model(one, loaded, file.parent)
+    patched = loaded.apply(fitted)
+    target = written_to(weights, output)
     save_weights(target, patched)
     console(json).print(
         f"applied  {one.id[:12]} ({len(one.operations)} tensors); {target} has {len(patched.patches)} patches"

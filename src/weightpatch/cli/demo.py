@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ._output import Answer, console
 
@@ -28,12 +28,20 @@ RATE = 0.001  # of gradient descent on that block: the best of benchmarks/fashio
 KEPT = 64  # the first images hold the edits back; what else changes is measured on all others
 
 
-def demo(output: Path = Path("demo-output"), edits: int = 100, json: bool = False) -> Answer:
+def demo(
+    output: Path = Path("demo-output"),
+    edits: int = 100,
+    task: Literal["images", "translation"] = "images",
+    json: bool = False,
+) -> Answer:
     """Patch a real mistake, show what else changed, save, apply, verify, revert; then measure many, plain and editable.
+
+    These are the options for images; `weightpatch demo --task translation --help` shows those for the translator.
 
     Args:
         output: The folder for the patch, the report and the results.
         edits: How many real-mistake and how many random-label edits of each network to measure.
+        task: What the network does.
         json: Print facts as JSON alone.
     """
     import torch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -22,9 +22,12 @@ def diff(
     max_drawdown: float | None = None,
     max_broken: int | None = None,
     reading: Annotated[Reading, tyro.conf.arg(name="")] = Reading(),  # noqa: B008
+    task: Literal["images", "translation", "lm", "text-classification"] = "images",
     json: bool = False,
 ) -> Answer:
     """Say what differs between two models of one architecture on labelled data, edited or not.
+
+    These are the options for images; `weightpatch diff --task translation --help` shows those for text models.
 
     Args:
         a: The weights before: .safetensors or .pt.
@@ -35,6 +38,7 @@ def diff(
         max_drawdown: A gate: the largest loss of accuracy allowed, in percentage points.
         max_broken: A gate: the most answers that may turn from right to wrong.
         reading: How images become tensors.
+        task: What the models do.
         json: Print facts as JSON alone.
     """
     from .. import compare

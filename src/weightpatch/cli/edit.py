@@ -90,9 +90,12 @@ def edit(
     max_drawdown: float | None = None,
     settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     reading: Annotated[Reading, tyro.conf.arg(name="")] = Reading(),
+    task: Literal["images", "translation", "lm", "text-classification"] = "images",
     json: bool = False,
 ) -> Answer:
     """Look for a patch that makes the model answer as it should; the model's files are never changed.
+
+    These are the options for images; `weightpatch edit --task translation --help` shows those for text models.
 
     Args:
         model: The model, as package.module:factory.
@@ -109,6 +112,7 @@ def edit(
         max_drawdown: A gate: the largest loss of test accuracy allowed, in percentage points.
         settings: How to look for the edit.
         reading: How images become tensors.
+        task: What the model does.
         json: Print facts as JSON alone.
     """
     import torch
@@ -131,7 +135,7 @@ def edit(
     out.print(f"{found}\n{found.result.value}")
     held = found.result in (Result.satisfied, Result.already_satisfied)
     if found.patch is None:
-        return Answer(_facts(found), 1)
+        return Answer(facts_of(found), 1)
     comparison = _compare(network, found, tested, compare)
     gate = max_drawdown is None or comparison.drawdown.value <= max_drawdown
     out.print(str(comparison))
@@ -156,7 +160,7 @@ def edit(
             "no patch written"
         )
     facts = {
-        **_facts(found),
+        **facts_of(found),
         "comparison": comparison.to_json(),
         "gate": gate,
         "output": str(output) if held and gate else None,
@@ -181,7 +185,8 @@ def locality(kept: LabelledImages) -> Locality | None:
     return Locality(kept.images) if len(kept) else None
 
 
-def _facts(found: Edit) -> dict[str, Any]:
+def facts_of(found: Edit) -> dict[str, Any]:
+    """Return what --json tells of any edit."""
     return {
         "result": found.result.name,
         "advice": found.result.value,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from ._folder import of_file, weights_file, written_to
 from ._output import Answer, console
 
 
@@ -17,15 +18,17 @@ def revert(
 
     Args:
         patch: The .patch.safetensors file.
-        weights: The patched weights, with the folder that `apply` wrote beside them.
-        output: Where to write the weights as .safetensors; over the patched ones when not given.
+        weights: The patched weights, with the folder that `apply` wrote beside them; or the folder of a patched model.
+        output: Where to write the weights as .safetensors, or a new folder for the model; over the patched ones when
+            not given.
         json: Print facts as JSON alone.
     """
     from ..patches import Patch, load_weights, save_weights
 
-    one = Patch.load(patch)
-    clean = load_weights(weights).revert(one)
-    target = weights if output is None else output
+    one, file = Patch.load(patch), weights_file(weights)
+    loaded = load_weights(file)
+    clean = loaded.revert(of_file(one, loaded, file))
+    target = written_to(weights, output)
     save_weights(target, clean)
     left = len(clean.patches)
     state = f"{left} patches are left" if left else f"bit for bit the base {clean.fingerprint[:12]}"

@@ -5,11 +5,14 @@ from .curve import Curve, curve
 from .driver import evaluate
 from .figures import figures
 from .metrics import Estimate, Flips
-from .pages import comparison_page, edit_page
+from .pages import comparison_page, edit_page, sentence_comparison_page, sentence_page
 from .protocols import Independent, Protocol, Sequential
 from .report import Checkpoint, Impact, Report, Row, Summary
+from .scoring import Scoring, translated, verbatim
+from .sentences import Answering, SentenceComparison, compare_sentences, patched
 
 __all__ = [
+    "Answering",
     "Checkpoint",
     "ClassChange",
     "Comparison",
@@ -21,13 +24,21 @@ __all__ = [
     "Protocol",
     "Report",
     "Row",
+    "Scoring",
+    "SentenceComparison",
     "Sequential",
     "Summary",
     "compare",
+    "compare_sentences",
     "comparison_page",
     "curve",
     "edit_page",
     "evaluate",
     "figures",
+    "patched",
     "predict",
+    "sentence_comparison_page",
+    "sentence_page",
+    "translated",
+    "verbatim",
 ]

@@ -19,6 +19,7 @@ Force = Callable[[Sequence[int], Sequence[Tensor]], tuple[Inputs, Tensor]]
 _ROUNDING = 1e-4  # of the largest logit: how far those of a pass with a cache, or of other rows, may be off
 _PASSES = 6  # after which what is left is cheaper to decode, unless it is little
 _LITTLE = 200  # tokens
+_MUCH = 1500  # tokens: a pass over so many takes longer than decoding them, a token at a time with a cache
 _LONG = 0.5  # of the limit: one such answer would make all passes long
 
 
@@ -64,6 +65,8 @@ class Guessing:
         found: dict[int, Tensor] = {}
         pairs = zip(items, guesses, strict=True)
         open_ = {item: guess for item, guess in pairs if len(guess) <= _LONG * self.limit}
+        if sum(map(len, open_.values())) > _MUCH:
+            return {}
         for number in count():
             if not open_ or (number >= _PASSES and sum(map(len, open_.values())) > _LITTLE):
                 break

@@ -2,5 +2,6 @@
 
 from ._comparison_page import comparison_page
 from ._edit_page import edit_page
+from ._sentence_page import sentence_comparison_page, sentence_page
 
-__all__ = ["comparison_page", "edit_page"]
+__all__ = ["comparison_page", "edit_page", "sentence_comparison_page", "sentence_page"]

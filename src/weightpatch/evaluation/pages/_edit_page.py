@@ -20,6 +20,7 @@ from ..comparison import Comparison, TestSet, check_labels, compare
 from ..curve import STRENGTHS, Curve, between, places, sweep
 from ..report import Report
 from ._changes import Changes, changes
+from ._made import made, sizes
 from ._mistakes import Demand, Mistake, demands, mistakes
 from ._pictures import Picture
 from ._plots import drawdown_line, slack_line
@@ -74,9 +75,7 @@ def edit_page(
         "found": found,
         "changes": seen,
         "lines": _lines(found.curve),
-        "manifest": manifest,
-        "constraint": edit.constraint.kind,
-        "sizes": _sizes(edit.patch),
+        **made(edit),
         "tables": [table(title, report) for title, report in tables],
     }
     return write(place, "edit.html.j2", view, _facts(edit, found, seen, manifest, classes, tables))
@@ -121,18 +120,6 @@ def _lines(curve: Curve | None) -> dict[str, str] | None:
     return None if curve is None else {"slack": slack_line(curve), "drawdown": drawdown_line(curve)}
 
 
-def _sizes(patch: Patch | None) -> list[dict[str, Any]]:
-    """Say what the patch holds, largest first."""
-    if patch is None:
-        return []
-    entries = {entry.name: entry for entry in patch.manifest.tensors}
-    found = [
-        {"name": name, "kind": operation.kind, "shape": list(entries[name].shape), "bytes": operation.nbytes}
-        for name, operation in patch.operations.items()
-    ]
-    return sorted(found, key=lambda item: (-item["bytes"], item["name"]))
-
-
 def _facts(
     edit: Edit,
     found: Measured,
@@ -154,7 +141,7 @@ def _facts(
         "constraint": edit.constraint.kind,
         "patch": None
         if patch is None
-        else {"id": patch.id, "bytes": patch.nbytes, "tensors": _sizes(patch), "manifest": manifest},
+        else {"id": patch.id, "bytes": patch.nbytes, "tensors": sizes(patch), "manifest": manifest},
         "classes": list(classes),
         "demands": [asdict(demand) for demand in found.demands],
         "mistakes": [{**asdict(mistake), "picture": None} for mistake in found.mistakes],

@@ -1,0 +1,73 @@
+"""Texts on the command line: what is asked, and files of other texts with their references."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import InvalidInput
+
+_KEPT = 64  # texts that hold an edit back where it is not said; each step runs them all
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts, with references for all of them or for none."""
+
+    texts: tuple[str, ...] = ()
+    references: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def rows(self, chosen: Sequence[int]) -> Texts:
+        """Return some of them."""
+        told = None if self.references is None else tuple(self.references[i] for i in chosen)
+        return Texts(tuple(self.texts[i] for i in chosen), told)
+
+    def without(self, sources: Sequence[str]) -> Texts:
+        """Return those that are not asked about."""
+        return self.rows([i for i, text in enumerate(self.texts) if text not in sources])
+
+    def split(self, wanted: int | None) -> tuple[Texts, Texts]:
+        """Split off texts, at most half of them, that hold an edit back; what changes is measured on the others."""
+        import torch
+
+        n = min(_KEPT if wanted is None else wanted, len(self) // 2)
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0)).tolist()
+        return self.rows(order[:n]), self.rows(sorted(order[n:]))
+
+
+def read_texts(path: Path) -> Texts:
+    """Read a file of one text a line, or one text, a tab and its reference a line; empty lines do not count."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"{path} cannot be read: {error}; expected a text file in UTF-8, one text a line") from error
+    if not lines:
+        raise InvalidInput(
+            f"{path} is empty; expected one text a line, with a tab and its reference where there is one"
+        )
+    cells = [line.split("\t") for line in lines]
+    widths = {len(row) for row in cells}
+    if widths - {1, 2} or len(widths) > 1:
+        odd = next(i for i, row in enumerate(cells) if len(row) != len(cells[0]) or len(row) > 2)
+        raise InvalidInput(
+            f"line {odd + 1} of {path} (empty ones aside) has {len(cells[odd]) - 1} tabs and the first one "
+            f"{len(cells[0]) - 1}; expected one text a line, and either a tab and its reference on every line or none"
+        )
+    texts = tuple(row[0].strip() for row in cells)
+    return Texts(texts, tuple(row[1].strip() for row in cells) if widths == {2} else None)
+
+
+def check_asked(sources: Sequence[str], targets: Sequence[str]) -> None:
+    """Check that every source has its target."""
+    if not sources or len(sources) != len(targets):
+        raise InvalidInput(
+            f"--source was given {len(sources)} times and --target {len(targets)} times; expected one --target for "
+            "each --source, in the same order"
+        )
+    for name, texts in (("--source", sources), ("--target", targets)):
+        if not all(text.strip() for text in texts):
+            raise InvalidInput(f"{name} was given an empty text; expected at least one word")

@@ -1,0 +1,112 @@
+"""The pages of sequence models: what an edit did, or how two models differ, sentence by sentence."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...constraints import Constraint
+from ...editing import Edit, Result
+from ...errors import InvalidInput
+from ...network import preserved_rng
+from ..scoring import Scoring
+from ..sentences import Answering, SentenceComparison, compare_sentences, patched
+from ._made import made, sizes
+from ._render import page_path, write
+from ._sentences import Saying, Sentences, sayings, sentences
+
+__all__ = ["sentence_comparison_page", "sentence_page"]
+
+
+def sentence_page(
+    path: str | os.PathLike[str],
+    *,
+    kind: Answering,
+    edit: Edit,
+    constraint: Constraint | None = None,
+    sources: Sequence[str] = (),
+    texts: Sequence[str] = (),
+    references: Sequence[str] | None = None,
+    scoring: Scoring | None = None,
+    comparison: SentenceComparison | None = None,
+) -> Path:
+    """Write what an edit of a sequence model did as an HTML page, with every number in a JSON file beside it.
+
+    Every text is answered with and without the patch; the model is left as it is. Answers that changed are shown word
+    by word, the most harm first: by the loss of the score of each where there are references, else by how many of the
+    words changed.
+
+    Args:
+        path: where the page goes, which is returned; the numbers go to the same name with the suffix `.json`.
+        kind: the model that was edited, without the patch, as `weightpatch.tasks.text.load` returns it.
+        edit: what `weightpatch.edit` returned for it.
+        constraint: what was asked; the edit's own when not given.
+        sources: the texts that the demands are about, in order; read from their tokens when not given, which a chat
+            template or a truncation does not allow.
+        texts: n other texts on which to measure what else changed.
+        references: n right answers to these.
+        scoring: how answers are judged by references; BLEU and chrF when not given.
+        comparison: what `compare_sentences` returned for this patch, in place of the last three.
+
+    Raises:
+        InvalidInput: the texts cannot be used, or the path is not that of a page.
+        MissingExtra: Jinja2, matplotlib or, where it is needed, sacrebleu is not installed.
+    """
+    place = page_path(path)
+    if (comparison is None) == (not texts):
+        raise InvalidInput("a sentence page needs texts to measure on, or a comparison, and not both")
+    found = compare_sentences(kind, edit.patch, texts, references, scoring) if comparison is None else comparison
+    asked = edit.constraint if constraint is None else constraint
+    with preserved_rng(), torch.no_grad():
+        told = sayings(kind, asked, patched(kind.model, edit.patch), patched(kind.model, None), sources)
+    seen = sentences(found, [saying.text for saying in told])
+    view = {
+        "edit": edit,
+        "held": edit.result in (Result.satisfied, Result.already_satisfied),
+        "sayings": told,
+        "sentences": seen,
+        **made(edit),
+    }
+    return write(place, "sentence_edit.html.j2", view, _facts(edit, told, seen))
+
+
+def sentence_comparison_page(path: str | os.PathLike[str], comparison: SentenceComparison, *, title: str) -> Path:
+    """Write what `compare_sentences` found as an HTML page, with every number in a JSON file beside it.
+
+    Args:
+        path: where the page goes, which is returned; the numbers go to the same name with the suffix `.json`.
+        comparison: what `compare_sentences` returned.
+        title: the page's heading, such as "v41 -> v42".
+
+    Raises:
+        InvalidInput: the path is not that of a page.
+        MissingExtra: Jinja2 or matplotlib is not installed.
+    """
+    place = page_path(path)
+    view = {"title": title, "sentences": sentences(comparison)}
+    return write(place, "sentence_comparison.html.j2", view, {"title": title, "comparison": comparison.to_json()})
+
+
+def _facts(edit: Edit, told: Sequence[Saying], seen: Sentences) -> dict[str, Any]:
+    patch = edit.patch
+    return {
+        "result": edit.result.name,
+        "advice": edit.result.value,
+        "steps": edit.steps,
+        "violation": edit.violation,
+        "drift": edit.drift,
+        "cost": {"seconds": edit.cost.seconds, "peak_bytes": edit.cost.peak_bytes},
+        "editor": repr(edit.editor),
+        "constraint": edit.constraint.kind,
+        "patch": None
+        if patch is None
+        else {"id": patch.id, "bytes": patch.nbytes, "tensors": sizes(patch), "manifest": patch.manifest.to_json()},
+        "sayings": [asdict(saying) for saying in told],
+        "comparison": seen.comparison.to_json(),
+        "kinds": {"worse": seen.worse, "better": seen.better, "equal": seen.equal},
+    }

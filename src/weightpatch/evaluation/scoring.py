@@ -1,0 +1,73 @@
+"""How answers in words are judged by references."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+from ..errors import MissingExtra
+
+__all__ = ["Scoring", "translated", "verbatim"]
+
+
+@final
+@dataclass(frozen=True)
+class Scoring:
+    """One score of all answers, and one of each: from 0 to 100, the higher the better.
+
+    Args:
+        name: of the score of all, such as BLEU.
+        whole: returns it for n answers and n references.
+        part: of the score of each, such as chrF.
+        each: returns it for one answer and its reference.
+        signature: what it takes to compute the same scores elsewhere.
+    """
+
+    name: str
+    whole: Callable[[Sequence[str], Sequence[str]], float]
+    part: str
+    each: Callable[[str, str], float]
+    signature: str = ""
+
+
+def translated() -> Scoring:
+    """Return BLEU of all answers and chrF2 of each, as sacreBLEU computes them unless told otherwise.
+
+    Raises:
+        MissingExtra: sacrebleu is not installed.
+    """
+    try:
+        import sacrebleu
+    except ImportError as error:
+        raise MissingExtra('BLEU and chrF need sacrebleu; pip install "weightpatch[mt]"') from error
+    bleu, chrf = sacrebleu.BLEU(), sacrebleu.CHRF()
+    for metric in (bleu, chrf):
+        metric.corpus_score(["a"], [["a"]])  # the signature counts the references of the last score
+    signature = f"BLEU {bleu.get_signature()}; chrF2 {chrf.get_signature()}"
+    return Scoring("BLEU", _of_corpus(bleu), "chrF", _of_sentence(chrf), signature)
+
+
+def verbatim(*, begins: bool = False) -> Scoring:
+    """Return accuracy: the answer is the reference, spaces at the ends aside.
+
+    Args:
+        begins: it may go on behind the reference, as those of a language model do.
+    """
+
+    def right(answer: str, reference: str) -> float:
+        answer, reference = answer.strip(), reference.strip()
+        return 100.0 * (answer.startswith(reference) if begins else answer == reference)
+
+    def whole(answers: Sequence[str], references: Sequence[str]) -> float:
+        return sum(right(*pair) for pair in zip(answers, references, strict=True)) / len(answers)
+
+    return Scoring("accuracy", whole, "accuracy", right, "begins with the reference" if begins else "is the reference")
+
+
+def _of_corpus(metric: Any) -> Callable[[Sequence[str], Sequence[str]], float]:
+    return lambda answers, references: float(metric.corpus_score(list(answers), [list(references)]).score)
+
+
+def _of_sentence(metric: Any) -> Callable[[str, str], float]:
+    return lambda answer, reference: float(metric.sentence_score(answer, [reference]).score)
