@@ -1,0 +1,232 @@
+"""Trains the German-English translator as a configuration says; a stopped run goes on when started again.
+
+    python scripts/train_translator.py examples/translator/plain.toml --folder runs/translator
+
+Writes a Hugging Face model folder, weights in bfloat16, to FOLDER/model, and its BLEU and chrF (beam 5, test split) to
+FOLDER/result.json. With a table `[edits]` it is Editable Training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import shutil
+import time
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from weightpatch.constraints import Constraint, Within
+from weightpatch.editors import GradientDescent
+from weightpatch.tasks.text import Seq2Seq, load
+from weightpatch.tasks.translation._bitext import Bitext
+from weightpatch.tasks.translation._pairs import Pairs, libreoffice
+from weightpatch.training import EditableObjective, Listed, Sampler, TrainSettings, train
+
+LAST = "model.decoder.layers.2.*"
+
+
+def learn_pieces(pairs: Pairs, size: int, folder: Path) -> None:
+    """Learn one SentencePiece model of both languages, and write what a Marian tokenizer reads."""
+    import sentencepiece
+    from transformers import MarianTokenizer
+
+    learned = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter((*pairs.german, *pairs.english)),
+        model_writer=learned,
+        vocab_size=size,
+        character_coverage=1.0,
+        model_type="unigram",
+        unk_id=1,
+        eos_id=0,
+        bos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("source.spm", "target.spm"):
+        (folder / name).write_bytes(learned.getvalue())
+    known = sentencepiece.SentencePieceProcessor(model_proto=learned.getvalue())
+    ids = {known.id_to_piece(i): i for i in range(known.get_piece_size())} | {"<pad>": known.get_piece_size()}
+    (folder / "vocab.json").write_text(json.dumps(ids, ensure_ascii=False))
+    MarianTokenizer(
+        str(folder / "source.spm"),
+        str(folder / "target.spm"),
+        str(folder / "vocab.json"),
+        source_lang="de",
+        target_lang="en",
+        model_max_length=512,
+    ).save_pretrained(folder)
+
+
+def made(shape: dict[str, Any], ids: dict[str, int]) -> nn.Module:
+    from transformers import MarianConfig, MarianMTModel
+
+    width, heads, layers = shape["width"], shape["heads"], shape["layers"]
+    config = MarianConfig(
+        vocab_size=len(ids),
+        d_model=width,
+        encoder_layers=layers,
+        decoder_layers=layers,
+        encoder_attention_heads=heads,
+        decoder_attention_heads=heads,
+        encoder_ffn_dim=shape["inner"],
+        decoder_ffn_dim=shape["inner"],
+        dropout=shape["dropout"],
+        attention_dropout=0.0,
+        activation_dropout=0.0,
+        activation_function="relu",
+        scale_embedding=True,
+        static_position_embeddings=True,
+        share_encoder_decoder_embeddings=True,
+        tie_word_embeddings=True,
+        max_position_embeddings=512,
+        pad_token_id=ids["<pad>"],
+        eos_token_id=ids["</s>"],
+        forced_eos_token_id=ids["</s>"],
+        decoder_start_token_id=ids["<pad>"],
+    )
+    return MarianMTModel._from_config(config, attn_implementation="eager")
+
+
+class Smoothed:
+    """Cross-entropy with label smoothing (Szegedy et al. 2016), padding left out."""
+
+    def __init__(self, smoothing: float) -> None:
+        self.smoothing = smoothing
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=self.smoothing)
+
+
+def scored(translator: Seq2Seq, pairs: Pairs) -> dict[str, Any]:
+    """Translate and compare with the references, by sacreBLEU."""
+    import sacrebleu
+
+    answers = [translator.text(tokens) for tokens in translator.generate(pairs.german)]
+    facts: dict[str, Any] = {"beams": translator.settings["num_beams"], "sentences": len(pairs)}
+    for name, metric in (("bleu", sacrebleu.BLEU()), ("chrf", sacrebleu.CHRF())):
+        facts[name] = metric.corpus_score(answers, [list(pairs.english)]).score
+        facts[f"{name}_signature"] = str(metric.get_signature())
+    return facts
+
+
+def demands(told: dict[str, Any], translator: Seq2Seq, pairs: Pairs, seed: int) -> Sampler:
+    """Return edits of training sentences: their references, and answers that the model samples."""
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
+    some = [i for i in order if len(pairs.german[i].split()) <= told["longest"]][: told["pool"]]
+    made: list[Constraint] = []
+    for place, i in enumerate(some):
+        text = pairs.german[i]
+        if place % 2:
+            target: Any = pairs.english[i]
+        else:
+            target = translator.answers(text, do_sample=True, temperature=told["temperature"], top_k=0, seed=i)[0]
+        made.append(replace(translator.says(text, target, told["margin"]), decode=None))
+    return Listed(made)
+
+
+def objective_of(told: dict[str, Any], model: nn.Module) -> EditableObjective:
+    loss = Smoothed(told["smoothing"])
+    if "edits" not in told:
+        # Without weights for the edit terms this is plain training, with the loop's exact resume.
+        editor = GradientDescent(lr=0.0, max_steps=1)
+        return EditableObjective(model, editor, parameters=LAST, c_edit=0.0, c_loc=0.0, base_loss=loss)
+    given = told["edits"]
+    return EditableObjective(
+        model,
+        GradientDescent(lr=given["lr"], max_steps=given["max_steps"]),
+        parameters=tuple(given["parameters"]),
+        c_edit=given["c_edit"],
+        c_loc=given["c_loc"],
+        learn=("lr",),
+        base_loss=loss,
+    )
+
+
+def optimiser_of(told: dict[str, Any], objective: EditableObjective) -> torch.optim.Optimizer:
+    groups: list[dict[str, Any]] = [{"params": list(objective.model.parameters()), "lr": told["lr"]}]
+    if objective.rates is not None:
+        rates = list(objective.rates.parameters())
+        groups.append({"params": rates, "lr": told["edits"]["learn_lr"], "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=told["weight_decay"], fused=True)
+
+
+def main() -> None:
+    from sentencepiece import SentencePieceProcessor
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--folder", type=Path, default=Path("runs/translator"))
+    arguments = parser.parse_args()
+    told, folder = tomllib.loads(arguments.config.read_text()), arguments.folder
+    out = folder / "model"
+    pairs = libreoffice("train")
+    torch.manual_seed(told["seed"])
+    if "start" in told:
+        shutil.copytree(told["start"], out, dirs_exist_ok=True)
+        model = load(out, "translation").model
+    elif not (out / "vocab.json").exists():
+        learn_pieces(pairs, told["model"]["vocabulary"], out)
+    pieces = SentencePieceProcessor(str(out / "source.spm"))
+    ids = json.loads((out / "vocab.json").read_text())
+    if "start" not in told:
+        model = made(told["model"], ids)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters", flush=True)
+    objective = objective_of(told, model)
+    sampler: Sampler = Listed([Within(torch.zeros(1, 1), torch.zeros(1, 1), 0.0)])  # never drawn from
+    if "edits" in told:
+        sampler = demands(told["edits"], Seq2Seq(model, tokenizer_of(out), {}), pairs, told["seed"])
+    began = time.monotonic()
+    settings = TrainSettings(
+        steps=told["steps"],
+        batch_size=1,
+        edits=told.get("edits", {}).get("count", 1),
+        clip=told["clip"],
+        seed=told["seed"],
+        precision=torch.bfloat16 if told["precision"] == "bfloat16" else None,
+        log_every=20,
+        checkpoint_every=250,
+    )
+    found = train(
+        objective,
+        Bitext(pairs, pieces, ids, told["tokens"], told["alpha"]),
+        sampler=sampler,
+        settings=settings,
+        folder=folder,
+        optimiser=lambda objective: optimiser_of(told, objective),
+        schedule=lambda optimiser: torch.optim.lr_scheduler.OneCycleLR(
+            optimiser,
+            [group["lr"] for group in optimiser.param_groups],
+            total_steps=told["steps"],
+            pct_start=told["warmup"],
+            cycle_momentum=False,
+        ),
+        trackers=[],
+    )
+    model.to(torch.bfloat16).save_pretrained(out)
+    model.float()
+    facts: dict[str, Any] = {"seconds": found.seconds, "steps": found.step}
+    if "edits" in told:
+        facts["lr"] = found.editor.lr
+    (folder / "result.json").write_text(json.dumps(facts, indent=1) + "\n")
+    facts |= scored(Seq2Seq(model, tokenizer_of(out), {"num_beams": 5, "max_new_tokens": 200}), libreoffice("test"))
+    (folder / "result.json").write_text(json.dumps(facts, indent=1) + "\n")
+    print(facts, f"{time.monotonic() - began:.0f} s in this run")
+
+
+def tokenizer_of(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()
