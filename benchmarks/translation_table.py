@@ -1,0 +1,287 @@
+"""Edits of the German–English translators, plainly and editably trained, judged by what they translate afterwards.
+
+    python benchmarks/translation_table.py                  # measures what is not measured yet; --only WORD for some
+    python benchmarks/translation_table.py --show           # prints the stored table
+    python benchmarks/translation_table.py --speed          # the fast evaluation beside the plain loop, in one run
+
+Every edit is of a test sentence, on its own: the translator is to say a translation that it samples at temperature 1.2
+(rows "sampled") or the reference ("reference"). Deployed is greedy decoding; a row with `preferred` asks, as the paper
+does, only that the target's mean log-probability beats those of the 32 translations of a beam of the unedited model.
+Success is what the edited model really writes. The drawdown is the loss of BLEU on test sentences that no edit is of.
+What an editor keeps to are the translations of 100 training sentences. Learning rates were chosen on 30 validation
+sentences (--tune).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from fashion_table import machine
+
+import weightpatch as wp
+from weightpatch.editors import (
+    Adam,
+    Editor,
+    Gate,
+    GradientDescent,
+    LowRank,
+    MinimumNorm,
+    Preconditioned,
+    RMSProp,
+    Shrink,
+)
+from weightpatch.evaluation.generations import SlowGenerations
+from weightpatch.network import Network
+from weightpatch.statistics import second_moments
+from weightpatch.tasks import text, translation
+
+HERE = Path(__file__).parent
+RESULTS, TABLE = HERE / "results" / "translation.json", HERE / "results" / "translation.md"
+JUDGED = slice(1000, 1400)  # test sentences; edits are of the first 1,000
+KEPT, REFERENCE = 100, 1000  # training sentences
+EDITS, FEWER = 500, 50  # of each kind
+SHRINKAGE = 0.001
+LAST, BEFORE = "model.decoder.layers.2.", "model.decoder.layers.1."
+SHOWN = ("success", "steps", "drawdown", "absolute", "max", "changed", "KL a token", "ms an edit")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is measured."""
+
+    editable: bool
+    parameters: tuple[str, ...]
+    make: Callable[[text.Generating], Editor]
+    edits: int = FEWER
+    preferred: bool = False
+
+
+def metric(kind: text.Generating, parameters: tuple[str, ...]) -> Any:
+    """Return the metric of the layers' inputs at the tokens of training translations; padding does not count."""
+    pairs = translation.libreoffice("train")[:REFERENCE]
+    batches = [kind.forced([de], [en])[0] for de, en in zip(pairs.german, pairs.english, strict=True)]
+    return second_moments(kind.model, batches, parameters=parameters).metric(SHRINKAGE)
+
+
+def rows() -> dict[str, Row]:
+    found = {}
+    for name, editable in (("plain", False), ("editable", True)):
+        for layer, prefix in (("last layer", LAST), ("penultimate layer", BEFORE)):
+            whole, dense = (f"{prefix}*",), (f"{prefix}fc1.*", f"{prefix}fc2.*")
+
+            def exact(kind: text.Generating, dense: tuple[str, ...] = dense) -> Editor:
+                return MinimumNorm(metric=metric(kind, dense))
+
+            def conditioned(kind: text.Generating, dense: tuple[str, ...] = dense) -> Editor:
+                return Preconditioned(metric=metric(kind, dense), max_steps=60)
+
+            def gate(kind: text.Generating, prefix: str = prefix) -> Editor:
+                return Gate(f"{prefix}fc2", 256)
+
+            made: dict[str, Row] = {
+                "gradient descent": Row(
+                    editable, whole, lambda kind: GradientDescent(lr=RATES["gradient descent"], max_steps=100)
+                ),
+                "RMSProp": Row(editable, whole, lambda kind: RMSProp(lr=RATES["RMSProp"], max_steps=100)),
+                "MinimumNorm": Row(editable, dense, exact),
+                "Preconditioned": Row(editable, dense, conditioned),
+                "gate": Row(editable, (f"{prefix}fc2.*",), gate),
+            }
+            if layer == "last layer":
+                made["Adam, fine-tuning"] = Row(editable, whole, lambda kind: Adam(lr=RATES["Adam"], max_steps=100))
+                made["LoRA"] = Row(
+                    editable, dense[:1], lambda kind: LowRank(Adam(lr=RATES["LoRA"], max_steps=100), rank=4)
+                )
+                made["RMSProp, Shrink"] = Row(
+                    editable, whole, lambda kind: Shrink(RMSProp(lr=RATES["RMSProp"], max_steps=100))
+                )
+            for editor, row in made.items():
+                found[f"{name}, {layer}, {editor}"] = row
+    found["plain, last layer, RMSProp"] = replace(found["plain, last layer, RMSProp"], edits=EDITS)
+    found["plain, last layer, MinimumNorm"] = replace(found["plain, last layer, MinimumNorm"], edits=EDITS)
+    learned = Row(True, (translation.EDITED,), lambda kind: translation.editor(), EDITS)
+    found["editable, last layer, gradient descent"] = learned
+    found["editable, last layer, gradient descent, Shrink"] = replace(
+        learned, make=lambda kind: Shrink(translation.editor()), edits=FEWER
+    )
+    found["plain, last layer, RMSProp, preferred"] = replace(
+        found["plain, last layer, RMSProp"], edits=FEWER, preferred=True
+    )
+    found["editable, last layer, gradient descent, preferred"] = replace(learned, edits=FEWER, preferred=True)
+    return found
+
+
+RATES = {"gradient descent": 0.1, "RMSProp": 3e-4, "Adam": 3e-4, "LoRA": 1e-3}
+
+
+def demands(kind: text.Generating, pairs: translation.Pairs, which: str, count: int, preferred: bool) -> list[Any]:
+    """Return edits of the first sentences whose translation is not the target already."""
+    made: list[Any] = []
+    for place in range(len(pairs)):
+        source, reference = pairs[place]
+        target: Any = kind.tokens(reference, source)
+        if which == "sampled":
+            target = kind.answers(source, do_sample=True, temperature=1.2, top_k=0, num_beams=1, seed=place)[0]
+        if kind.decoding(source)(kind.model).tolist() == target.tolist():
+            continue
+        made.append(kind.preferred(source, target, 32) if preferred else kind.says(source, target))
+        if len(made) == count:
+            break
+    return made
+
+
+def measure(name: str, row: Row, which: str, folder: Path, most: int) -> dict[str, Any]:
+    kind = translation.translator(editable=row.editable)
+    test = translation.libreoffice("test")
+    editor, judged = row.make(kind), test[JUDGED]
+    keep = kind.kept(translation.libreoffice("train").german[REFERENCE : REFERENCE + KEPT])
+    began = time.monotonic()
+    report = text.evaluate(
+        kind,
+        demands(kind, test[: JUDGED.start], which, min(row.edits, most), row.preferred),
+        editor,
+        texts=judged.german,
+        references=judged.english,
+        score=translation.bleu,
+        parameters=row.parameters,
+        keep=keep,
+        results=folder / f"{name}-{which}.jsonl".replace(" ", "-").replace(",", ""),
+    )
+    return {
+        "edits": len(report.edited),
+        "figures": report.figures(),
+        "base_bleu": report.base_score,
+        "drawdown_absolute": sum(map(abs, report.drawdowns)) / len(report.drawdowns),
+        "anew": sum(row.anew for row in report.edited) / len(report.edited),
+        "seconds": time.monotonic() - began,
+    }
+
+
+def tune() -> None:
+    """Print what rates do to 30 validation sentences, judged on 200 others."""
+    pairs = translation.libreoffice("validation")
+    grids: dict[str, tuple[Callable[[float], Editor], tuple[float, ...]]] = {
+        "gradient descent": (lambda lr: GradientDescent(lr=lr, max_steps=100), (0.01, 0.03, 0.1, 0.3)),
+        "RMSProp": (lambda lr: RMSProp(lr=lr, max_steps=100), (1e-4, 3e-4, 1e-3)),
+        "Adam": (lambda lr: Adam(lr=lr, max_steps=100), (1e-4, 3e-4, 1e-3)),
+    }
+    for editable in (False, True):
+        kind = translation.translator(editable=editable)
+        edits = demands(kind, pairs[:500], "reference", 15, False) + demands(kind, pairs[:500], "sampled", 15, False)
+        for name, (make, rates) in grids.items():
+            for lr in rates:
+                report = text.evaluate(
+                    kind,
+                    edits,
+                    make(lr),
+                    texts=pairs.german[500:700],
+                    references=pairs.english[500:700],
+                    score=translation.bleu,
+                    parameters=f"{LAST}*",
+                )
+                print("editable" if editable else "plain", name, lr, report.figures(), flush=True)
+
+
+def speed() -> dict[str, Any]:
+    """Time the evaluation of three edits, the plain loop and the fast way in turn, in one run."""
+    kind = translation.translator()
+    test = translation.libreoffice("test")[JUDGED]
+    network = Network(kind.model, f"{LAST}*")
+    fast = text.generations(kind, network, test.german)
+
+    def anew(model: torch.nn.Module, items: Sequence[int]) -> list[torch.Tensor]:
+        return kind.generate([test.german[i] for i in items], model)
+
+    slow = SlowGenerations(network, fast.base, fast._forced, anew)
+    edits = demands(kind, translation.libreoffice("test")[:20], "reference", 3, False)
+    took: dict[str, list[float]] = {"plain": [], "fast": []}
+    changed = []
+    for edit in edits:
+        patch = wp.edit(kind.model, edit, RMSProp(lr=RATES["RMSProp"], max_steps=100), parameters=f"{LAST}*").patch
+        assert patch is not None
+        params = {**network.start, **patch.result(dict(kind.model.state_dict()))}
+        answers = []
+        for name, way in (("plain", slow), ("fast", fast)):
+            began = time.process_time()
+            answers.append(way.predict(params))
+            took[name].append(time.process_time() - began)
+        same = [{i: tokens.tolist() for i, tokens in found.changed.items()} for found in answers]
+        assert same[0] == same[1]
+        changed.append((len(answers[1].changed), answers[1].anew))
+    plain, quick = (sorted(took[name])[1] for name in ("plain", "fast"))
+    return {"plain_s": plain, "fast_s": quick, "ratio": plain / quick, "items": len(test), "changed_of_anew": changed}
+
+
+def table(content: dict[str, Any]) -> str:
+    lines = [
+        "# Edits of a translator\n",
+        f"Made by `python benchmarks/translation_table.py` on {content['machine']}; what the rows are is said in the "
+        "script. Drawdown in points of BLEU on 400 test sentences that no edit is of; `changed` is the share of their "
+        "translations that differ at all; success is what the edited translator writes. Some rows have fewer edits, to "
+        "save time; milliseconds are those of a busy machine.\n",
+    ]
+    for which in ("sampled", "reference"):
+        some = [row for row in content["rows"] if which in row]
+        lines += [f"## Targets: {which}\n", "| translator, edited, by | edits | " + " | ".join(SHOWN) + " |"]
+        lines.append("|---|---:|" + "---:|" * len(SHOWN))
+        for row in some:
+            cells = " | ".join(str(row[which]["figures"].get(column, "")) for column in SHOWN)
+            lines.append(f"| {row['name']} | {row[which]['edits']} | {cells} |")
+        lines.append("")
+    if content.get("speed"):
+        told = content["speed"]
+        lines.append(
+            f"Evaluating one edit on {told['items']} sentences: {told['plain_s']:.2f} s of CPU for the plain loop, "
+            f"{told['fast_s']:.2f} s for the fast way with the same answers, {told['ratio']:.1f} times (one thread, "
+            "medians of three edits in one run)."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--show", action="store_true", help="print the stored table")
+    parser.add_argument("--tune", action="store_true", help="print what learning rates do on the validation split")
+    parser.add_argument("--speed", action="store_true", help="measure the speed of the evaluation")
+    parser.add_argument("--edits", type=int, default=EDITS, help="at most so many of each kind")
+    parser.add_argument("--only", help="a part of the names to measure; --only nothing collects alone")
+    parser.add_argument("--runs", type=Path, default=HERE / "runs" / "translation")
+    arguments = parser.parse_args()
+    if arguments.show:
+        print(TABLE.read_text())
+        return
+    if arguments.tune:
+        tune()
+        return
+    arguments.runs.mkdir(parents=True, exist_ok=True)
+    timed = arguments.runs / "speed.json"
+    if arguments.speed:
+        timed.write_text(json.dumps(speed()))
+    content: dict[str, Any] = {"machine": machine(), "rows": []}
+    for name, row in rows().items():
+        path = arguments.runs / f"{name.replace(' ', '-').replace(',', '')}.json"
+        found = json.loads(path.read_text()) if path.exists() else {"name": name}
+        if not arguments.speed and (arguments.only is None or arguments.only in name):
+            for which in ("reference", "sampled"):
+                if which not in found:
+                    found[which] = measure(name, row, which, arguments.runs, arguments.edits)
+                    path.write_text(json.dumps(found))
+                    print(f"{name}: {which} in {found[which]['seconds']:.0f} s: {found[which]['figures']}", flush=True)
+        if len(found) > 1:
+            content["rows"].append(found)
+    if timed.exists():
+        content["speed"] = json.loads(timed.read_text())
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    TABLE.write_text(table(content))
+    print(TABLE.read_text())
+
+
+if __name__ == "__main__":
+    main()
