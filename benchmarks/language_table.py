@@ -9,20 +9,18 @@ greedily without a chat template. The facts are the first ones of `language.ship
 from place 100 on validate. C is E[x xᵀ] of the layer's inputs on English sentences of LibreOffice's help (its training
 split) and on the prompts of validation facts; perplexity is on sentences of its validation split. Seeds: 0 for what is
 sampled, the fact's place for what an edit draws. T facts are edited one on another, and the final model is judged on
-all of them; rows with `at once` ask for them in one edit.
+all of them; rows with `at once` ask for them in one edit, whose steps and seconds are given.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -33,7 +31,8 @@ from weightpatch.locality import Locality
 from weightpatch.statistics import Moments, second_moments
 from weightpatch.tasks import language as facts
 from weightpatch.tasks import text
-from weightpatch.tasks.language import Fact, FactsReport, Share, Unedited, evaluate_facts
+from weightpatch.tasks.language import Fact, FactsReport, FactsRow, Share, Unedited, evaluate_facts
+from weightpatch.tasks.language._measures import begins
 from weightpatch.tasks.text import CausalLM
 from weightpatch.tasks.translation import libreoffice
 
@@ -153,12 +152,12 @@ class Bench:
             "MEMIT, at once": Row(memit, like="ROME", layers=SPREAD, least=10, joint=True),
         }
 
-    def measured(
-        self, row: Row, setting: Setting, before: Unedited, sizes: dict[int, int], name: str
-    ) -> tuple[FactsReport, float]:
+    def log(self, name: str) -> Path:
+        return self.runs / f"{name.replace(' ', '-').replace(',', '')}.jsonl"
+
+    def measured(self, row: Row, setting: Setting, before: Unedited, sizes: dict[int, int], name: str) -> FactsReport:
         layer, rate = setting
-        began = time.monotonic()
-        found = evaluate_facts(
+        return evaluate_facts(
             self.language,
             before.facts,
             row.make(layer, rate),
@@ -169,14 +168,19 @@ class Bench:
             margin=MARGIN,
             held_out=before.held_out,
             before=before,
-            results=self.runs / f"{file(name)}.jsonl",
+            results=self.log(name),
             progress=lambda made: print(name, made, flush=True),
         )
-        return found, time.monotonic() - began
 
 
-def file(name: str) -> str:
-    return name.replace(" ", "-").replace(",", "")
+def done(path: Path) -> list[FactsRow]:
+    """Return the sets that a file of results has, also of a run that was stopped."""
+    lines = path.read_text().splitlines()[1:] if path.exists() else []
+    shares = ("said", "paraphrases", "same", "right")
+    return [
+        FactsRow(**{name: Share(**value) if name in shares else value for name, value in json.loads(line).items()})
+        for line in lines
+    ]
 
 
 def kept(language: CausalLM) -> Locality:
@@ -243,7 +247,7 @@ def validate(bench: Bench) -> dict[str, Setting]:
         scores: dict[Setting, float] = {}
         for setting in settings if len(settings) > 1 else ():
             told = f"validation {name} {setting[0]} {setting[1]:g}"
-            found, _ = bench.measured(row, setting, before, {1: VALIDATED}, told)
+            found = bench.measured(row, setting, before, {1: VALIDATED}, told)
             scores[setting] = sum(total(found, name).estimate.value for name in JUDGED)
             print(f"{told}: {scores[setting]:.2f}", *(f"{name} {total(found, name)}" for name in JUDGED), flush=True)
         chosen[name] = max(settings, key=lambda setting: scores.get(setting, 0.0))
@@ -256,19 +260,20 @@ def table(found: dict[str, Any]) -> str:
         "# Facts edited into SmolLM2-135M-Instruct\n",
         f"Made by `python benchmarks/language_table.py` on {found['machine']}, one thread; what the rows are is said "
         "in the script. Everything is decoded freely from the prompt, but for perplexity, which is of other texts: its "
-        f"rise is given, from {before['perplexity']:.2f}. Its fluency is {before['fluency']:.2f} bits; "
-        f"of its answers about neighbours of the first 10 facts {before['right']} are right. Layers and rates were "
-        f"chosen on {VALIDATED} facts that are not in the table; seconds are those of a busy machine. "
-        "These are few facts: of n prompts a share is known to about ±1/√n.\n",
+        f"rise is given, from {before['perplexity']:.2f}. The unedited model answers {before['right']} neighbours and "
+        f"{before['again']} paraphrases of the first 10 facts right at once: where it does not, an edit can hardly be "
+        f"heard. Layers and rates were chosen on {VALIDATED} facts that are not in the table; seconds are those of a "
+        "busy machine. How much memory grows with an edit is in language.json: mostly nothing is seen, since an edit "
+        "uses again what judging took. These are few facts: of n prompts a share is known to about ±1/√n. Rows with "
+        "fewer facts than others were not measured further.\n",
     ]
     for size in SETS:
         rows = [row for row in found["rows"] if row["size"] == size]
         if rows:
-            count = f"{rows[0]['figures']['sets']} × {size}" if size > 1 else rows[0]["figures"]["sets"]
             how = "each alone" if size == 1 else "one on another; the final model is judged on all of them"
             told = found["before"]["said"][size]
             lines += [
-                f"## T = {size}: {count} fact{'s' * (count != '1')}, {how}\n",
+                f"## T = {size}: {how}\n",
                 f"The unedited model says {told} targets.\n",
                 "| edited by | layer, rate | facts | " + " | ".join(SHOWN) + " |",
                 "|---|---|---:|" + "---:|" * len(SHOWN),
@@ -308,30 +313,33 @@ def main() -> None:
     some = facts.shipped_facts()
     rows, said = [], dict[int, str]()
     for size, count in SETS.items():
-        paths = {name: arguments.runs / f"{file(name)}-{size}.json" for name in chosen}
-        asked = [
-            name for name, row in bench.rows().items() if row.least <= size <= row.most and not paths[name].exists()
-        ]
-        asked = [name for part in arguments.only for name in asked if part in name and arguments.size in (None, size)]
-        if asked:
-            first, made = some[: size * count], bench.rows()
-            before = unedited(language, first, arguments.runs / f"before-{size}.json", CONTINUED[size])
-            for name in dict.fromkeys(asked):
-                report, seconds = bench.measured(
-                    made[name], tuple(chosen[name]), before, {size: count}, f"{name} {size}"
-                )
+        asked = {name: row for name, row in bench.rows().items() if row.least <= size <= row.most}
+        lines = {name: done(bench.log(f"{name} {size}")) for name in asked}
+        wanted = [name for part in arguments.only for name in asked if part in name and len(lines[name]) < count]
+        wanted = wanted if arguments.size in (None, size) else []
+        if not wanted and not any(lines.values()):
+            continue
+        first = some[: size * count]
+        before = unedited(language, first, arguments.runs / f"before-{size}.json", CONTINUED[size])
+        said[size] = f"{sum(before.said)} of {len(first)}"
+        for name in dict.fromkeys(wanted):
+            bench.measured(asked[name], tuple(chosen[name]), before, {size: count}, f"{name} {size}")
+            lines[name] = done(bench.log(f"{name} {size}"))
+        for name, made in lines.items():
+            if made:
+                report = FactsReport("", before, tuple(made))
                 told = {"name": name, "size": size, "setting": chosen[name], "figures": report.figures(size)}
-                paths[name].write_text(json.dumps({**told, "rows": list(map(asdict, report.rows)), "seconds": seconds}))
-                print(f"{name}, {size}: {seconds:.0f} s, {report.figures(size)}", flush=True)
-        rows += [json.loads(path.read_text()) for path in paths.values() if path.exists()]
-        if any(row["size"] == size for row in rows):
-            first = unedited(language, some[: size * count], arguments.runs / f"before-{size}.json", CONTINUED[size])
-            said[size] = f"{sum(first.said)} of {len(first.said)}"
+                rows.append({**told, "rows": list(map(asdict, made))})
     ten = unedited(language, some[:10], arguments.runs / "before-10.json", CONTINUED[10])
     right = [answer for fact in ten.right for answer in fact]
+    again = [
+        begins(language.text(torch.tensor(row)), fact.truth[0])
+        for fact, rows_of in zip(ten.facts, ten.answers, strict=True)
+        for row in rows_of[1 : 1 + len(fact.paraphrases)]
+    ]
     told = {
         "perplexity": ten.perplexity,
-        "fluency": fmean(ten.fluency),
+        "again": f"{sum(again)} of {len(again)}",
         "right": f"{sum(right)} of {len(right)}",
         "said": said,
         "model": ten.fingerprint,
