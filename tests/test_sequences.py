@@ -147,6 +147,15 @@ def test_what_is_said_already_is_asked_of_the_decoder_too():
     fix = Says(kind.source("3 4"), said, kind.frame, 0.0, decode)
     found = wp.edit(kind.model, fix, RMSProp(lr=1e-3, max_steps=100))
     assert found.result in (wp.Result.satisfied, wp.Result.already_satisfied) and len(found.constraint.rivals) == 1
+    assert len(calls) == 2
+
+
+def test_a_decoder_that_never_agrees_is_not_overruled_by_demands_that_hold():
+    kind = translator()
+    said = kind.generate(["3 4"])[0][:3]
+    fix = Says(kind.source("3 4"), said, kind.frame, 0.0, lambda model: torch.tensor([8, 9, 0]))
+    found = wp.edit(kind.model, fix, RMSProp(lr=1e-3, max_steps=1))
+    assert found.result not in (wp.Result.satisfied, wp.Result.already_satisfied)
 
 
 def test_parts_of_all_are_refined_on_their_own():

@@ -211,8 +211,6 @@ def solve(
     """
     with network.isolated():
         bound, before = _today(network, constraint)
-        if before <= 0:
-            bound = bound.refined(network.deployed(network.start)) or bound
         steps, solved = 0, None
         for _ in range(_ROUNDS):
             solved = _solve(network, bound, editor, keep, max_drift)
@@ -229,8 +227,13 @@ def _solve(network: Network, bound: Constraint, editor: Editor, keep: Locality |
     with torch.no_grad():
         before = float(bound.violation(network.before).max())
     if before <= 0:
-        drift = None if keep is None else 0.0
-        return Solved(Result.already_satisfied, network.rounded(network.start), 0, before, before, drift, bound)
+        refined = bound.refined(network.deployed(network.start))
+        result, drift = (
+            Result.already_satisfied if refined is None else Result.unsatisfied,
+            None if keep is None else 0.0,
+        )
+        now = network.rounded(network.start)
+        return Solved(result, now, 0, before, before, drift, bound, refined=refined)
     found = editor.run(Problem(network.start, network.at, bound, keep, network.narrow))
     if found.params.keys() != network.start.keys():
         raise InvalidInput(f"{editor!r} returned parameters {sorted(found.params)}; expected {sorted(network.start)}")
