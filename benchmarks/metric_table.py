@@ -3,13 +3,13 @@
     python benchmarks/metric_table.py                  # measures what is not measured yet; --edits N for fewer
     python benchmarks/metric_table.py --show           # prints the stored table
 
-The metric is E[x xᵀ] of the edited layer's inputs on 10,000 training images, shrinkage 0.001; in rows with `two-sided`
-also E[g gᵀ] of its outputs' gradients, shrinkage 0.1; gates, budgets and KL go by 2,000 others. The image and seven
-altered copies of it are demanded together (shifts, rotations by 5 degrees, noise); `unasked` is then the share that
-holds of further alterations of these eight: turned by 8 degrees, or with fresh noise. `alone` demands the image, and
-`unasked` are the seven copies. Settings of metric editors were chosen on the last 5,000 training images, those of the
-fine-tuning baselines are usual ones; edits are of test images, drawdown is on all 10,000 test images. Patch sizes are
-the middle one of the first 20 edits.
+The metric is E[x xᵀ] of the edited layer's inputs on 10,000 training images, shrinkage 0.001; in rows with
+`two-sided` and in `Auto` also E[g gᵀ] of its outputs' gradients, shrinkage 0.1; gates, budgets and KL go by 2,000
+others. The image and seven altered copies of it are demanded together (shifts, rotations by 5 degrees, noise);
+`unasked` is then the share that holds of further alterations of these eight: turned by 8 degrees, or with fresh
+noise. `alone` demands the image, and `unasked` are the seven copies. Settings of metric editors were chosen on the
+last 5,000 training images, those of the fine-tuning baselines are usual ones; edits are of test images, drawdown is
+on all 10,000 test images. Patch sizes are the middle one of the first 20 edits.
 """
 
 from __future__ import annotations
@@ -94,9 +94,10 @@ def part(
 
 def ladder(model: torch.nn.Module, parameters: tuple[str, ...], train: images.LabelledImages, **budget: float) -> Part:
     """Return `Auto` as `wp.edit` makes it, with statistics of 10,000 images."""
-    moments = second_moments(model, train.images[:REFERENCE], parameters=parameters)
+    moments = second_moments(model, train.images[:REFERENCE], parameters=parameters, likelihood=categorical)
+    metric = moments.metric(SHRINKAGE, output_shrinkage=OUTPUT_SHRINKAGE)
     gate = "fc.head" if parameters == (images.EDITED,) else "fc"
-    made = Auto.late(moments.metric(SHRINKAGE), gate=gate, budget=Budget(**budget), altered=images.altered)
+    made = Auto.late(metric, gate=gate, budget=Budget(**budget), altered=images.altered)
     return Part(model, parameters, made)
 
 
@@ -152,6 +153,7 @@ def networks(train: images.LabelledImages) -> dict[str, Row]:
         ),
         "sparse block, MinimumNorm": Row(sparse(MinimumNorm)),
         "sparse block, GradientDescent": Row(descent, edits=FEWER),
+        "sparse block, Preconditioned": Row(sparse(Preconditioned), edits=FEWER),
         "editable, GradientDescent": Row(
             lambda: Part(images.fashion_editable(), (images.EDITED,), images.fashion_editor()), edits=FEWER
         ),
@@ -228,8 +230,9 @@ class Noting(Editor):
 def sequences(train: images.LabelledImages) -> dict[str, tuple[Part, int, bool]]:
     """Return by name what makes edits one on another, how many, and whether each meets the earlier demands too."""
     small, scope = images.fashion_classifier, (*CONVOLUTIONS, "fc.*")
-    moments = second_moments(small(), train.images[:REFERENCE], parameters=scope)
-    auto = Auto.late(moments.metric(SHRINKAGE), gate="fc", budget=Budget(changed=TOTAL, seconds=0.3), count=1024)
+    moments = second_moments(small(), train.images[:REFERENCE], parameters=scope, likelihood=categorical)
+    metric = moments.metric(SHRINKAGE, output_shrinkage=OUTPUT_SHRINKAGE)
+    auto = Auto.late(metric, gate="fc", budget=Budget(changed=TOTAL, seconds=0.3), count=1024)
     return {
         "Auto, 1 % for all together": (Part(small(), scope, auto), 200, True),
         "gate at fc": (Part(small(), scope, Gate("fc", 1024)), 1000, False),

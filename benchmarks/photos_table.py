@@ -63,7 +63,6 @@ def unasked(photos: Tensor) -> Tensor:
 
 def editors(model: torch.nn.Module, reference: Tensor) -> dict[str, tuple[Editor, tuple[str, ...]]]:
     metric = second_moments(model, reference, parameters=(*CONV, *HEAD)).metric(0.001)
-    head = second_moments(model, reference, parameters=HEAD).metric(0.001)
     auto = Auto.late(metric, gate="_fc", budget=Budget(changed=0.01, seconds=2.0))
     return {
         "no edit": (Adam(lr=0.0, max_steps=0), HEAD),
@@ -72,7 +71,8 @@ def editors(model: torch.nn.Module, reference: Tensor) -> dict[str, tuple[Editor
         "last convolution, fine-tuning": (Adam(lr=1e-3, max_steps=100), CONV),
         "last convolution, LoRA": (LowRank(Adam(lr=1e-2, max_steps=100), rank=4), CONV),
         "gate": (Gate("_fc"), HEAD),
-        "head, MinimumNorm": (MinimumNorm(metric=head), HEAD),
+        "head, MinimumNorm": (MinimumNorm(metric=metric), HEAD),
+        "last convolution, MinimumNorm": (MinimumNorm(metric=metric), CONV),
         "Auto": (auto, (*CONV, *HEAD)),
     }
 

@@ -3,7 +3,8 @@
     python scripts/train_translator.py examples/translator/plain.toml --folder runs/translator
 
 Writes a Hugging Face model folder, weights in bfloat16, to FOLDER/model, and its BLEU and chrF (beam 5, test split) to
-FOLDER/result.json. With a table `[edits]` it is Editable Training.
+FOLDER/result.json. With a table `[edits]` it is Editable Training; with `[block]` too, of a sparse block before the
+readout and of nothing else, so that it translates as before, and what is written is FOLDER/block.safetensors.
 """
 
 from __future__ import annotations
@@ -14,22 +15,26 @@ import json
 import shutil
 import time
 import tomllib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from weightpatch.constraints import Constraint, Within
-from weightpatch.editors import GradientDescent
+from weightpatch.editors import GaussNewton, GradientDescent
+from weightpatch.statistics import categorical, second_moments
 from weightpatch.tasks.text import Seq2Seq, load
 from weightpatch.tasks.translation._bitext import Bitext
 from weightpatch.tasks.translation._pairs import Pairs, libreoffice
-from weightpatch.training import EditableObjective, Listed, Sampler, TrainSettings, train
+from weightpatch.training import EditableObjective, Listed, Sampler, SparseBlock, TrainSettings, add_block, train
 
 LAST = "model.decoder.layers.2.*"
+FITTED = 1000  # training pairs whose features a block is fitted to
 
 
 def learn_pieces(pairs: Pairs, size: int, folder: Path) -> None:
@@ -140,19 +145,52 @@ def objective_of(told: dict[str, Any], model: nn.Module) -> EditableObjective:
         editor = GradientDescent(lr=0.0, max_steps=1)
         return EditableObjective(model, editor, parameters=LAST, c_edit=0.0, c_loc=0.0, base_loss=loss)
     given = told["edits"]
+    exact = "block" in told
     return EditableObjective(
         model,
-        GradientDescent(lr=given["lr"], max_steps=given["max_steps"]),
+        GaussNewton(max_steps=1) if exact else GradientDescent(lr=given["lr"], max_steps=given["max_steps"]),
         parameters=tuple(given["parameters"]),
         c_edit=given["c_edit"],
         c_loc=given["c_loc"],
-        learn=("lr",),
+        learn=() if exact else ("lr",),
         base_loss=loss,
     )
 
 
-def optimiser_of(told: dict[str, Any], objective: EditableObjective) -> torch.optim.Optimizer:
-    groups: list[dict[str, Any]] = [{"params": list(objective.model.parameters()), "lr": told["lr"]}]
+def with_block(told: dict[str, Any], translator: Seq2Seq, pairs: Pairs) -> nn.Module:
+    """Put a sparse block before the readout, fitted to training pairs; all that trains is its inner layer."""
+    model, seen = translator.model, list[Tensor]()
+    handle = model.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        for german, english in zip(pairs.german, pairs.english, strict=True):
+            model(**translator.forced([german], [english])[0])
+    handle.remove()
+    add_block(model, "lm_head", told["hidden"], kind=SparseBlock)
+    block = model.lm_head.block
+    block.fit(torch.cat(seen), told["threshold"], told["shrinkage"])
+    model.requires_grad_(False)
+    block.requires_grad_(True)
+    return block
+
+
+def measuring(told: dict[str, Any], translator: Seq2Seq, pairs: Pairs) -> Callable[[EditableObjective, int], None]:
+    """Return what gives the objective's editor the metric of the block's code as it is, now and then."""
+
+    def measure(objective: EditableObjective, step: int) -> None:
+        editor, every = objective.editor, told["every"]
+        assert isinstance(editor, GaussNewton)
+        if step % every == 0 or editor.metric is None:
+            draw = torch.Generator().manual_seed(step - step % every)
+            some = [pairs[i] for i in torch.randperm(len(pairs), generator=draw)[: told["reference"]].tolist()]
+            keep = translator.kept([german for german, _ in some], [english for _, english in some])
+            moments = second_moments(objective.model, keep, parameters=objective.names, likelihood=categorical)
+            objective.editor = replace(editor, metric=moments.metric(0.001, output_shrinkage=0.1))
+
+    return measure
+
+
+def optimiser_of(told: dict[str, Any], objective: EditableObjective, trained: nn.Module) -> torch.optim.Optimizer:
+    groups: list[dict[str, Any]] = [{"params": list(trained.parameters()), "lr": told["lr"]}]
     if objective.rates is not None:
         rates = list(objective.rates.parameters())
         groups.append({"params": rates, "lr": told["edits"]["learn_lr"], "weight_decay": 0.0})
@@ -180,10 +218,12 @@ def main() -> None:
     if "start" not in told:
         model = made(told["model"], ids)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters", flush=True)
+    translator = Seq2Seq(model, tokenizer_of(out), {})
+    block = with_block(told["block"], translator, pairs[:FITTED]) if "block" in told else None
     objective = objective_of(told, model)
     sampler: Sampler = Listed([Within(torch.zeros(1, 1), torch.zeros(1, 1), 0.0)])  # never drawn from
     if "edits" in told:
-        sampler = demands(told["edits"], Seq2Seq(model, tokenizer_of(out), {}), pairs, told["seed"])
+        sampler = demands(told["edits"], translator, pairs, told["seed"])
     began = time.monotonic()
     settings = TrainSettings(
         steps=told["steps"],
@@ -192,7 +232,7 @@ def main() -> None:
         clip=told["clip"],
         seed=told["seed"],
         precision=torch.bfloat16 if told["precision"] == "bfloat16" else None,
-        log_every=20,
+        log_every=10,
         checkpoint_every=250,
     )
     found = train(
@@ -201,7 +241,7 @@ def main() -> None:
         sampler=sampler,
         settings=settings,
         folder=folder,
-        optimiser=lambda objective: optimiser_of(told, objective),
+        optimiser=lambda objective: optimiser_of(told, objective, model if block is None else block.inner),
         schedule=lambda optimiser: torch.optim.lr_scheduler.OneCycleLR(
             optimiser,
             [group["lr"] for group in optimiser.param_groups],
@@ -210,12 +250,17 @@ def main() -> None:
             cycle_momentum=False,
         ),
         trackers=[],
+        before=measuring(told["block"], translator, pairs) if "block" in told else None,
     )
-    model.to(torch.bfloat16).save_pretrained(out)
-    model.float()
     facts: dict[str, Any] = {"seconds": found.seconds, "steps": found.step}
-    if "edits" in told:
+    if "edits" in told and block is None:
         facts["lr"] = found.editor.lr
+    if block is None:
+        model.to(torch.bfloat16).save_pretrained(out)
+        model.float()
+    else:
+        inner = {name: p.to(torch.bfloat16) for name, p in block.inner.state_dict().items()}
+        save_file(inner, folder / "block.safetensors")
     (folder / "result.json").write_text(json.dumps(facts, indent=1) + "\n")
     facts |= scored(Seq2Seq(model, tokenizer_of(out), {"num_beams": 5, "max_new_tokens": 200}), libreoffice("test"))
     (folder / "result.json").write_text(json.dumps(facts, indent=1) + "\n")

@@ -22,6 +22,7 @@ EDITORS = (
     wp.editors.Momentum(lr=0.05, max_steps=200),
     wp.editors.Adam(lr=0.01, max_steps=200),
     wp.editors.MinimumNorm(),
+    wp.editors.GaussNewton(max_steps=50),
     wp.editors.Shrink(wp.editors.RMSProp(lr=0.02, max_steps=200)),
     wp.editors.Retry((wp.editors.GradientDescent(lr=1e-9, max_steps=1), wp.editors.Adam(lr=0.01, max_steps=200))),
     wp.editors.LowRank(wp.editors.Adam(lr=0.02, max_steps=200), rank=2),
@@ -34,6 +35,7 @@ METRIC = (
     lambda metric: wp.editors.Preconditioned(metric=metric, max_steps=200, line_search=4),
     lambda metric: wp.editors.Shrink(wp.editors.Preconditioned(metric=metric, max_steps=200)),
     lambda metric: wp.editors.MinimumNorm(metric=metric),
+    lambda metric: wp.editors.GaussNewton(metric=metric, max_steps=50),
 )
 
 

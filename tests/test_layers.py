@@ -10,7 +10,7 @@ LAYERS = (
     {"_version", "errors", "_cost"},
     {"_calling", "gates"},
     {"constraints", "locality"},
-    {"network", "patches", "sequences"},
+    {"network", "patches"},
     {"problem", "remembering"},
     {"editors"},
     {"statistics"},

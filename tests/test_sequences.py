@@ -12,11 +12,10 @@ pytest.importorskip("transformers")
 import tiny_text as tiny
 
 import weightpatch as wp
-from weightpatch.constraints import All, Kept
+from weightpatch.constraints import IGNORED, All, CausalFrame, Kept, Preferred, Says, Seq2SeqFrame, token_scores
 from weightpatch.editors import MinimumNorm, RMSProp
 from weightpatch.errors import InvalidInput, ShapeMismatch
 from weightpatch.network import Network
-from weightpatch.sequences import IGNORED, CausalFrame, Preferred, Says, Seq2SeqFrame, token_scores
 from weightpatch.tasks.text import CausalLM, Seq2Seq
 
 PAD = tiny.WORDS - 1

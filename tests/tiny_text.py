@@ -30,7 +30,7 @@ def marian(seed: int = 0) -> Any:
         max_position_embeddings=64,
         scale_embedding=True,
     )
-    return spread(MarianMTModel._from_config(config, attn_implementation="eager").eval())
+    return spread(MarianMTModel(config).eval())
 
 
 def gpt2(seed: int = 0) -> Any:
@@ -40,7 +40,7 @@ def gpt2(seed: int = 0) -> Any:
     config = GPT2Config(
         vocab_size=WORDS, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0, pad_token_id=0
     )
-    return spread(GPT2LMHeadModel._from_config(config, attn_implementation="eager").eval())
+    return spread(GPT2LMHeadModel(config).eval())
 
 
 def spread(model: Any) -> Any:

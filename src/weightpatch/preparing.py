@@ -7,16 +7,19 @@ from glob import escape
 
 from torch import nn
 
+from ._calling import check_batch
 from .editors import Auto, Editor
 from .editors.base import parts
+from .editors.metric import Metric
 from .errors import InvalidInput
 from .locality import Locality
 from .network import GATE, Network, select, with_slots, with_taps
-from .statistics import called, second_moments
+from .statistics import called, categorical, second_moments
 
 __all__ = ["prepared"]
 
-_WIDEST = 4096  # inputs of a layer whose second moments are taken unasked: their inverse takes a second at this size
+_WIDEST = 4096  # inputs, or outputs, of a layer whose second moments are taken unasked: their inverse takes a second
+_OUTPUT_SHRINKAGE = 0.1  # on Fashion-MNIST a third less drawdown than without, at equal success
 _SHRINKAGE = 0.001  # the least drawdown of 0.0003 to 0.1 on Fashion-MNIST, from 100 reference images to 10,000
 
 
@@ -55,12 +58,22 @@ def _completed(auto: Auto, model: nn.Module, parameters: str | Sequence[str], ke
     weights = dict(model.named_parameters())
     late = [name for name in called(model, keep.inputs, parameters=parameters) if weights[name][0].numel() < _WIDEST]
     readouts = [name for name in called(model, keep.inputs) if weights[name].ndim == 2]
-    metric = None
-    if late:
-        chosen = [escape(name) for name in late[-4:]]
-        metric = second_moments(model, keep, parameters=chosen).metric(_SHRINKAGE)
+    metric = _metric(model, late[-4:], keep) if late else None
     gate = _layer(model, weights[readouts[-1]]) if readouts else None
     return Auto.late(metric, gate=gate, budget=auto.budget, altered=auto.altered)
+
+
+def _metric(model: nn.Module, names: Sequence[str], keep: Locality) -> Metric:
+    """Return the metric of these layers on what is kept: two-sided where there are more answers than outputs.
+
+    Of fewer answers most directions of the outputs would not be seen, and seem free.
+    """
+    weights, chosen = dict(model.named_parameters()), [escape(name) for name in names]
+    answers = check_batch(keep.inputs, "Locality") if keep.mask is None else int(keep.mask.sum())
+    seen = all(len(weights[name]) <= min(answers, _WIDEST) for name in names)
+    moments = second_moments(model, keep, parameters=chosen, likelihood=categorical if seen else None)
+    matter = all(layer.fisher is not None and bool(layer.fisher.any()) for layer in moments.layers.values())
+    return moments.metric(_SHRINKAGE, output_shrinkage=_OUTPUT_SHRINKAGE if matter else None)
 
 
 def _layer(model: nn.Module, weight: nn.Parameter) -> str | None:

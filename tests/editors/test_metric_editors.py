@@ -204,6 +204,14 @@ def test_the_trust_region_bounds_what_a_step_adds():
         assert float(added) == pytest.approx(radius * float(before.square().sum(1).mean().sqrt()), rel=1e-6)
 
 
+def test_a_layer_that_adds_nothing_yet_is_not_held_at_nothing():
+    model, x = head(), drawn(40, 6)
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    found = wp.edit(model, Classified(x[:1], torch.tensor([2]), margin=0.1), Preconditioned(metric=hand_made(model, x)))
+    assert found.result is Result.satisfied
+
+
 def test_a_drift_budget_refuses():
     model, x = head(), drawn(40, 6)
     fix = Classified(x[:1], (model(x[:1]).argmax(1) + 1) % 5, margin=5.0)

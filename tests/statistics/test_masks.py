@@ -31,5 +31,22 @@ def test_padding_does_not_count():
     assert torch.equal(
         second_moments(model, Locality(padded)).layers["out.weight"].total, whole.layers["out.weight"].total
     )
-    with pytest.raises(InvalidInput, match="a mask and a likelihood"):
-        second_moments(model, Locality(padded, padded > 0), likelihood=categorical)
+
+
+def squares(answers: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return -answers.square().reshape(len(answers), -1).sum(1)
+
+
+def test_gradients_at_padding_do_not_count():
+    model, rows = Tokens(), [[1, 2, 3], [4], [5, 6], [7, 8, 1]]
+    padded = torch.tensor([[*row, *[0] * (3 - len(row))] for row in rows])
+    found = second_moments(model, Locality(padded, padded > 0), batch_size=2, likelihood=squares)
+    alone = second_moments(model, [torch.tensor([row]) for row in rows], likelihood=squares)
+    whole = second_moments(model, padded, likelihood=squares)
+    for name, layer in alone.layers.items():
+        torch.testing.assert_close(found.layers[name].fisher, layer.fisher)
+        assert not torch.allclose(found.layers[name].fisher, whole.layers[name].fisher)
+    assert second_moments(model, Locality(padded, padded > 0), likelihood=categorical).two_sided
+    pooled = nn.Sequential(model, nn.Flatten(), nn.Linear(18, 6))
+    with pytest.raises(InvalidInput, match=r"mask of shape \(4, 3\).*answers with shape \(4, 6\)"):
+        second_moments(pooled, Locality(padded, padded > 0), likelihood=categorical)

@@ -60,7 +60,8 @@ def classifier_folder(tokenizer, tmp_path_factory):
 def test_a_folder_says_what_it_holds(language_folder, classifier_folder):
     assert isinstance(text.load(language_folder), text.CausalLM)
     assert isinstance(text.load(classifier_folder), text.TextClassifier)
-    assert not text.load(language_folder).model.training
+    model = text.load(language_folder).model
+    assert not model.training and model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("kind", ["text", "seq2seq"])
@@ -128,7 +129,7 @@ def test_a_beam_gives_different_answers_the_likeliest_first(language_folder):
     found = kind.answers("w3 w4", 6)
     assert len({tuple(tokens.tolist()) for tokens in found}) == len(found) == 6
     inputs, labels = kind.frame.batch(kind.source("w3 w4"), found)
-    from weightpatch.sequences import token_scores
+    from weightpatch.constraints import token_scores
 
     with torch.no_grad():
         scores = token_scores(kind.model(**inputs).logits, labels).sum(1)

@@ -14,11 +14,11 @@ pytest.importorskip("transformers")
 pytest.importorskip("sentencepiece")
 
 import weightpatch as wp
+from weightpatch.constraints import IGNORED
 from weightpatch.editors import MinimumNorm, RMSProp
 from weightpatch.errors import InvalidInput
 from weightpatch.evaluation.generations import SlowGenerations
 from weightpatch.network import Network
-from weightpatch.sequences import IGNORED
 from weightpatch.tasks import text, translation
 from weightpatch.tasks.translation._pairs import SHIPPED
 

@@ -169,6 +169,22 @@ def test_the_curriculum_reaches_the_editor_and_is_taken_back(tmp_path: Path):
     assert objective.editor.max_steps == 3
 
 
+def test_the_editor_may_be_made_anew_before_every_step(tmp_path: Path):
+    objective, x, y = parts()
+    first, seen, used = objective.editor, list[int](), list[Any]()
+
+    def before(given: EditableObjective, step: int) -> None:
+        assert given is objective
+        seen.append(step)
+        given.editor = replace(first, lr=0.0 if step == 1 else 1e-2)
+        given.register_forward_hook(lambda module, args, out: used.append(module.editor.lr)) if step == 0 else None
+
+    go(tmp_path, objective, (x, y), x, replace(SETTINGS, validate_every=100), before=before)
+    assert seen == [0, 1, 2, 3]
+    assert used == [1e-2, 0.0, 1e-2, 1e-2]
+    assert objective.editor == first
+
+
 def test_augmentation_sees_a_generator_of_the_step(tmp_path: Path):
     seen: list[float] = []
 

@@ -29,9 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from .diff import diff
     from .diff_text import diff_text
     from .doctor import doctor
+    from .doctor_text import doctor_text
     from .edit import edit
     from .edit_text import edit_text
     from .evaluate import evaluate
+    from .evaluate_text import evaluate_text
     from .inspect import inspect
     from .revert import revert
     from .train import train
@@ -46,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f.__name__: f for f in (demo, edit, evaluate, train, diff, apply, revert, inspect, doctor)
     }
     if _task(arguments) in TEXT_TASKS:  # these commands have other options there
-        commands |= {"demo": demo_text, "edit": edit_text, "diff": diff_text}
+        commands |= {"demo": demo_text, "edit": edit_text, "evaluate": evaluate_text, "diff": diff_text}
+        commands |= {"doctor": doctor_text}
     as_json = "--json" in arguments
     try:
         answer: Answer = tyro.extras.subcommand_cli_from_dict(

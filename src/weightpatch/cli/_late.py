@@ -56,8 +56,7 @@ def late_weights(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[str, ...]
 
 def inputs_of(constraint: Constraint) -> Mapping[str, Any]:
     """Return a batch that a demand gives the model."""
-    from ..constraints import All
-    from ..sequences import Says
+    from ..constraints import All, Says
 
     first = constraint.parts[0] if isinstance(constraint, All) else constraint
     if isinstance(first, Says):

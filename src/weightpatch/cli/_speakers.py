@@ -87,6 +87,17 @@ class Generator:
         """Return what should stay."""
         return self.kind.kept(texts)
 
+    def runner_up(self, source: str) -> tuple[str, Constraint]:
+        """Ask that the answer begins with the second likeliest token, as an example; return that token's text too."""
+        import torch
+
+        inputs, labels = self.kind.forced([source])
+        with torch.no_grad():
+            logits = self.kind.model(**inputs).logits[labels >= 0][0]
+        logits[[*self.kind.tokenizer.all_special_ids, int(labels[labels >= 0][0])]] = -torch.inf
+        token = logits.argmax()[None]
+        return self.kind.text(token), self.kind.says(source, token)
+
     def scoring(self) -> Scoring:
         """Return how answers are judged by references."""
         from ..evaluation import translated, verbatim
@@ -98,7 +109,7 @@ class Generator:
         unknown = getattr(self.kind.tokenizer, "unk_token_id", None)
         if unknown is not None and unknown in tokens.tolist():
             raise InvalidInput(
-                f"--target was given {target!r}, which the tokenizer can only write as {self.kind.text(tokens)!r}: it "
+                f"the target is {target!r}, which the tokenizer can only write as {self.kind.text(tokens)!r}: it "
                 "has no token for some of it, so that no edit makes the model say it; choose other words"
             )
 
@@ -155,6 +166,15 @@ class Classes:
     def kept(self, texts: Sequence[str]) -> Locality:
         """Return what should stay."""
         return self.classifier.kept(texts)
+
+    def runner_up(self, source: str) -> tuple[str, Constraint]:
+        """Ask for the second likeliest class, as an example; return its name too."""
+        import torch
+
+        with torch.no_grad():
+            logits: Tensor = self.model(**self.classifier.inputs([source])).logits[0]
+        name = self.names[int(logits.topk(2).indices[1])]
+        return name, self.asked([source], [name], 0.1)
 
     def scoring(self) -> Scoring:
         """Return how answers are judged by references."""

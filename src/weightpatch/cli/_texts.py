@@ -1,7 +1,8 @@
-"""Texts on the command line: what is asked, and files of other texts with their references."""
+"""Texts on the command line: what is asked, files of it, and files of other texts with their references."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,44 @@ def read_texts(path: Path) -> Texts:
         )
     texts = tuple(row[0].strip() for row in cells)
     return Texts(texts, tuple(row[1].strip() for row in cells) if widths == {2} else None)
+
+
+@dataclass(frozen=True)
+class Mistakes:
+    """Texts that are answered wrongly, what they should be answered by, and on which lines of their file they stand."""
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    lines: tuple[int, ...]
+
+
+def read_mistakes(path: Path) -> Mistakes:
+    """Read a file of JSON lines, each an object with texts as "source" and "target"; other keys do not count."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(
+            f'{path} cannot be read: {error}; expected JSON lines such as {{"source": "...", "target": "..."}}'
+        ) from error
+    found = [(*_mistake(line, number, path), number) for number, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise InvalidInput(f'{path} is empty; expected JSON lines such as {{"source": "...", "target": "..."}}')
+    sources, targets, places = zip(*found, strict=True)
+    return Mistakes(sources, targets, places)
+
+
+def _mistake(line: str, number: int, path: Path) -> tuple[str, str]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise InvalidInput(f"line {number} of {path} is not JSON ({error}); expected one object a line") from error
+    if not isinstance(row, dict):
+        raise InvalidInput(f"line {number} of {path} is a JSON {type(row).__name__}; expected an object")
+    for name in ("source", "target"):
+        if not isinstance(row.get(name), str) or not row[name].strip():
+            given = f"{row[name]!r:.40} as" if name in row else "no"
+            raise InvalidInput(f'line {number} of {path} has {given} "{name}"; expected a text')
+    return row["source"], row["target"]
 
 
 def check_asked(sources: Sequence[str], targets: Sequence[str]) -> None:

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from ._model import load_model
 from ._output import Answer, console
 
 
-def doctor(model: str, weights: Path | None = None, parameters: tuple[str, ...] = ("*",), json: bool = False) -> Answer:
+def doctor(
+    model: str,
+    weights: Path | None = None,
+    parameters: tuple[str, ...] = ("*",),
+    task: Literal["images", "translation", "lm", "text-classification"] = "images",
+    json: bool = False,
+) -> Answer:
     """Say what in a model can be edited, what cannot, and why.
+
+    `weightpatch doctor --task translation --help` shows the options for text models, of which it tells more.
 
     Args:
         model: The model, as package.module:factory.
         weights: The model's weights, .safetensors or .pt; the factory's own when not given.
         parameters: Which parameters to look at: glob patterns of their names.
+        task: What the model does.
         json: Print facts as JSON alone.
     """
     from fnmatch import fnmatchcase

@@ -36,9 +36,12 @@ def evaluate(
     min_success: float | None = None,
     settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),  # noqa: B008
     reading: Annotated[Reading, tyro.conf.arg(name="")] = Reading(),  # noqa: B008
+    task: Literal["images", "translation", "lm", "text-classification"] = "images",
     json: bool = False,
 ) -> Answer:
     """Measure an editor on many edits of one model: success, drawdown, flips, generality, cost, with intervals.
+
+    These are the options for images; `weightpatch evaluate --task translation --help` shows those for text models.
 
     Args:
         model: The model, as package.module:factory.
@@ -57,6 +60,7 @@ def evaluate(
         min_success: A gate: the least share of edits that must hold, from 0 to 1.
         settings: How to look for the edits.
         reading: How images become tensors.
+        task: What the model does.
         json: Print facts as JSON alone.
     """
     from .. import evaluate as run

@@ -5,6 +5,7 @@ from .auto import Auto, Budget, Rung
 from .base import Attempt, Certificate, Editor, IterativeEditor, Solution, iterate
 from .bounded import Bounded
 from .gate import Gate
+from .gauss_newton import GaussNewton
 from .gradient_descent import GradientDescent
 from .key_value import KeyValue, NormalisedGradient
 from .ladder import ladder
@@ -28,6 +29,7 @@ __all__ = [
     "Certificate",
     "Editor",
     "Gate",
+    "GaussNewton",
     "GradientDescent",
     "IterativeEditor",
     "KeyValue",

@@ -46,8 +46,19 @@ class Cuts:
         self._b: list[float] = []
         self._slack: list[float] = []  # beyond b, against rounding
         self._groups: dict[int, _Group] = {}
-        self.gram = origin.values.new_zeros(0, 0)
+        self._gram = origin.values.new_zeros(0, 0)
         self.weights = origin.values.new_zeros(0)
+
+    @property
+    def gram(self) -> Tensor:
+        """The Gram matrix ``J C⁻¹ Jᵀ`` of all rows."""
+        known, size = len(self._gram), len(self._rows)
+        if known < size:
+            new = self._space.dots(self._rows, self._moves[known:])
+            grown = self._gram.new_zeros(size, size)
+            grown[:known, :known], grown[:, known:], grown[known:, :known] = self._gram, new, new[:known].T
+            self._gram = grown
+        return self._gram
 
     def knows(self, demand: int) -> bool:
         """Say whether there is a ball of this demand."""
@@ -102,7 +113,7 @@ class Cuts:
     @property
     def right(self) -> Tensor:
         """What is asked for: b, and the slack."""
-        return self.gram.new_tensor([b + slack for b, slack in zip(self._b, self._slack, strict=True)])
+        return self.weights.new_tensor([b + slack for b, slack in zip(self._b, self._slack, strict=True)])
 
     def alone(self) -> Tensor:
         """Return multipliers that meet each row as if there were no other."""
@@ -144,7 +155,7 @@ class Cuts:
         return [1.0, *(-float(weights[place]) for place in used)], [start, *(self._moves[place] for place in used)]
 
     def _balls(self) -> list[Ball]:
-        device = self.gram.device
+        device = self.weights.device
         return [Ball(torch.tensor(group.places, device=device), group.radius) for group in self._groups.values()]
 
     def _append(self, demand: int, row: Vector, b: float, slack: float) -> None:
@@ -154,10 +165,6 @@ class Cuts:
         self._demand.append(demand)
         self._b.append(b)
         self._slack.append(slack)
-        new = torch.stack([self._space.dot(other, move) for other in self._rows])
-        grown = self.gram.new_zeros(len(new), len(new))
-        grown[:-1, :-1], grown[-1], grown[:, -1] = self.gram, new, new
-        self.gram = grown
         self.weights = torch.cat([self.weights, self.weights.new_zeros(1)])
 
     def _at_origin(self, row: Vector, value: float, delta: Vector) -> float:
@@ -165,6 +172,6 @@ class Cuts:
 
     def _same(self, one: Vector, two: Vector) -> bool:
         """Say whether they differ by rounding alone."""
-        square = float(two.values @ two.values)
-        distance = float(one.values @ one.values) + square - 2 * float(self._space.dot(one, two))
+        square = two.square
+        distance = one.square + square - 2 * float(self._space.dot(one, two))
         return distance <= 1e-8 * square

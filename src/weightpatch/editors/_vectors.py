@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import final
 
 import torch
@@ -14,6 +15,7 @@ from .._calling import Params
 from .metric import Metric
 
 _MANY = 1024  # rows from which on it is looked which are zero
+_CHUNK = 1 << 14  # numbers of each vector at a time, which stay in a cache
 
 
 @final
@@ -33,6 +35,11 @@ class Vector:
     def dense(self) -> bool:
         """Whether all rows are held."""
         return all(rows is None for rows in self.rows)
+
+    @cached_property
+    def square(self) -> float:
+        """Its inner product with itself."""
+        return float(self.values @ self.values)
 
 
 @final
@@ -79,6 +86,16 @@ class Space:
                 both = other[place] == held if len(other) else torch.zeros_like(held, dtype=torch.bool)
                 a, b = values[both], others[place[both]]
             total = total + (a * b).sum()
+        return total
+
+    def dots(self, ones: Sequence[Vector], twos: Sequence[Vector]) -> Tensor:
+        """Return all inner products, (ones, twos): in one pass over the numbers where all rows of all are held."""
+        if not all(vector.dense for vector in (*ones, *twos)):
+            return torch.stack([torch.stack([self.dot(one, two) for two in twos]) for one in ones])
+        total = ones[0].values.new_zeros(len(ones), len(twos))
+        for begin in range(0, len(ones[0].values), _CHUNK):
+            some = slice(begin, begin + _CHUNK)
+            total += torch.stack([v.values[some] for v in ones]) @ torch.stack([v.values[some] for v in twos]).T
         return total
 
     def combined(self, weights: Iterable[float | Tensor], vectors: Sequence[Vector]) -> Vector:

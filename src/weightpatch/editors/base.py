@@ -183,6 +183,23 @@ class IterativeEditor(Editor):
         """
         return grads
 
+    def direction(self, problem: Problem, params: Params, *, create_graph: bool = False) -> Params | None:
+        """Return what `step` is given at `params`; None where the loop ends: all is met, or something is not finite.
+
+        It is the gradient of the loss, as `scaled` makes it, unless the method solves for it. Gradients are on.
+
+        Args:
+            problem: what is asked.
+            params: where the direction is taken.
+            create_graph: whether the direction itself is to be differentiated, as Editable Training does.
+        """
+        violation = problem.violation(params)
+        worst = float(violation.detach().max())
+        if worst <= 0 or not math.isfinite(worst):
+            return None
+        loss = violation.relu().sum() + _penalty(self, problem, params)
+        return self.scaled(loss, _gradient(loss, params, create_graph))
+
     def advanced(self, problem: Problem, params: Params, grads: Params, state: Any) -> tuple[Params, Any]:
         """Return parameters and state one update of `run` on: those of `step`, unless the method looks ahead.
 
@@ -220,21 +237,16 @@ def iterate(editor: IterativeEditor, problem: Problem) -> Solution:
 def direction(
     editor: IterativeEditor, problem: Problem, params: Params, *, create_graph: bool = False
 ) -> Params | None:
-    """Return the gradient of the editor's loss at `params`, as `scaled` makes it; None where the loop ends here.
+    """Return what the editor's step is given at `params`; None where the loop ends here.
 
     Args:
         editor: its penalties are part of the loss.
         problem: what is asked.
-        params: where the gradient is taken.
-        create_graph: whether the gradient itself is to be differentiated, as Editable Training does.
+        params: where the direction is taken.
+        create_graph: whether the direction itself is to be differentiated, as Editable Training does.
     """
     with torch.enable_grad():
-        violation = problem.violation(params)
-        worst = float(violation.detach().max())
-        if worst <= 0 or not math.isfinite(worst):
-            return None
-        loss = violation.relu().sum() + _penalty(editor, problem, params)
-        return editor.scaled(loss, _gradient(loss, params, create_graph))
+        return editor.direction(problem, params, create_graph=create_graph)
 
 
 def objective(editor: IterativeEditor, problem: Problem, params: Params) -> Tensor:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, final
 
-from torch import Tensor
-
 from .._calling import Params
 from ..errors import InvalidInput
 from ..problem import Problem
@@ -90,6 +88,6 @@ class Bounded(IterativeEditor):
         near = {name: p.clamp(start[name] - self.radius, start[name] + self.radius) for name, p in moved.items()}
         return near, BoundedState(start, inner)
 
-    def scaled(self, value: Tensor, grads: Params) -> Params:
+    def direction(self, problem: Problem, params: Params, *, create_graph: bool = False) -> Params | None:
         """Return the wrapped editor's directions."""
-        return self.editor.scaled(value, grads)
+        return self.editor.direction(problem, params, create_graph=create_graph)

@@ -92,9 +92,13 @@ class LayerMetric:
 
 
 def _shrunk_inverse(second: Tensor, shrinkage: float) -> Tensor:
-    values, vectors = torch.linalg.eigh(second)
-    values = values.clamp_min(0)
-    shrunk = values + shrinkage * values.mean(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
+    mean = second.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(second.dtype).tiny)
+    shrunk = second + (shrinkage * mean)[:, None].expand(second.shape[:2]).diag_embed()
+    factor, failed = torch.linalg.cholesky_ex(shrunk)
+    if not bool(failed.any()):
+        return torch.cholesky_inverse(factor)
+    values, vectors = torch.linalg.eigh(second)  # shrinkage below the rounding of a moment without full rank
+    shrunk = values.clamp_min(0) + (shrinkage * mean)[:, None]
     inverse: Tensor = (vectors * shrunk.reciprocal()[:, None, :]) @ vectors.mT
     return inverse
 

@@ -21,7 +21,8 @@ from .metric import Metric
 
 _BEYOND_TARGET = 8  # how many times as far it is looked whether answers are affine: a kink may lie behind the target
 _SLACK = 64  # roundings by which a demand is overshot: in a batch of another size the model answers a little otherwise
-_RIVALS = 8  # of one demand added in a round: of thousands of classes few matter, and a round is a pass of all
+_RIVALS = 24  # added in a round, of all its demands: of thousands of classes few matter, and a round is a pass of all
+_ROUND = 5e8  # bytes that the rivals of one round may take
 _EQUATIONS = 256  # outputs of one demand up to which each is an equation of its own
 _BEYOND = 0.05  # by which share of its violation a demand that is not affine is overshot
 
@@ -122,25 +123,28 @@ class _Search:
                     continue
                 residual = None if piece.residual is None else piece.residual[place]
                 if residual is None or len(residual) > _EQUATIONS:
-                    self._add(first + place, violation[first + place], value, moved)
-                    self._add_rivals(first + place, piece, place, moved)
+                    size = self._add(first + place, violation[first + place], value, moved)
+                    most = int(min(_RIVALS, _ROUND / (2 * size)) / int((values > 0).sum()))
+                    self._add_rivals(first + place, piece, place, moved, max(1, most))
                     hope = True
                 else:
                     hope = self._add_ball(first + place, residual, piece.radius, moved) or hope
             first += len(piece.violation)
         return hope
 
-    def _add(self, demand: int, violation: Tensor, value: float, moved: list[Tensor]) -> None:
-        """Add one demand, linearised."""
+    def _add(self, demand: int, violation: Tensor, value: float, moved: list[Tensor]) -> int:
+        """Add one demand, linearised; return the bytes of its row."""
         slack = self._rounding(violation) * max(1.0, abs(value))
         slack += 0.0 if self.affine else _BEYOND * max(value, 0.0)
-        self._cuts.add(demand, self._row(violation, moved), value, self._delta, slack)
+        row = self._row(violation, moved)
+        self._cuts.add(demand, row, value, self._delta, slack)
+        return max(row.values.nbytes, 1)
 
-    def _add_rivals(self, demand: int, piece: Piece, place: int, moved: list[Tensor]) -> None:
+    def _add_rivals(self, demand: int, piece: Piece, place: int, moved: list[Tensor], most: int) -> None:
         """Add what else violates the demand; where answers are not affine, the farthest rival alone counts."""
         if piece.rivals is None or not self.affine:
             return
-        values, places = piece.rivals[place].detach().topk(min(_RIVALS, piece.rivals.shape[1]))
+        values, places = piece.rivals[place].detach().topk(min(most, piece.rivals.shape[1]))
         for value, rival in zip(values.tolist()[1:], places.tolist()[1:], strict=True):
             if value > 0:
                 self._add(demand, piece.rivals[place, rival], value, moved)

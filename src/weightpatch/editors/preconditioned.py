@@ -36,7 +36,7 @@ class Preconditioned(IterativeEditor):
     Args:
         lr: α, in Polyak steps.
         metric: from `weightpatch.statistics`.
-        radius: r.
+        radius: r; no bound on a layer whose outputs are 0 on the reference data, as those of a new block are.
         line_search: how many other lengths of a step are tried at most, at one forward pass each.
 
     >>> Preconditioned(metric=moments.metric(), max_steps=20)
@@ -113,4 +113,4 @@ class Preconditioned(IterativeEditor):
         return max(1.0, min(ratios, default=1.0))
 
     def _allowed(self, layer: str) -> float:
-        return self.radius * math.sqrt(self.metric.layers[layer].power)
+        return self.radius * math.sqrt(self.metric.layers[layer].power) or math.inf

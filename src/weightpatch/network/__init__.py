@@ -1,7 +1,7 @@
 """What is done to a user's network without touching it: a structural clone, a choice of parameters, replay."""
 
 from .clone import structural_clone
-from .isolation import preserved_rng, twice_differentiable
+from .isolation import preserved_rng, twice_differentiable, uncached_casts
 from .live import LiveNetwork
 from .network import Network
 from .passes import Recording
@@ -25,6 +25,7 @@ __all__ = [
     "structural_clone",
     "tapped",
     "twice_differentiable",
+    "uncached_casts",
     "with_slots",
     "with_taps",
 ]

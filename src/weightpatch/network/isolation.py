@@ -23,6 +23,7 @@ __all__ = [
     "make_differentiable",
     "preserved_rng",
     "twice_differentiable",
+    "uncached_casts",
 ]
 
 
@@ -101,14 +102,22 @@ def differentiable_kernels() -> Iterator[None]:
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
-    """Choose attention kernels whose backward pass can itself be differentiated.
+    """Choose attention kernels whose backward pass can itself be differentiated; casts are not cached.
 
-    The fused ones fail only in the second backward pass. Under autocast, casts of weights are not cached: the cache
-    knows tensors by identity, and a differentiated loop makes new ones at every step.
+    The fused ones fail only in the second backward pass.
+    """
+    with sdpa_kernel(SDPBackend.MATH), uncached_casts():
+        yield
+
+
+@contextmanager
+def uncached_casts() -> Iterator[None]:
+    """Cast weights anew each time, where autocast is on.
+
+    The cache knows tensors by identity, and a differentiated loop makes new ones at every step.
     """
     kinds = [kind for kind in ("cpu", torch.accelerator.current_accelerator()) if kind is not None]
     with ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         for kind in (kind if isinstance(kind, str) else kind.type for kind in kinds):
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False))

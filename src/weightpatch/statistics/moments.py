@@ -206,7 +206,8 @@ def second_moments(
             where the model calls them as modules.
         batch_size: items a pass.
         likelihood: draws answers and returns their log-likelihood: `categorical` for classifiers, `gaussian` for
-            regressions, or one of your own: from answers (n, ...) and a generator to (n,), differentiable.
+            regressions, or one of your own: from answers (n, ...) and a generator to (n,), differentiable. With a mask
+            it is given the answers at its positions, (positions, ...).
         seed: of the answers that are drawn; another one for each shard of the data.
 
     Raises:
@@ -222,10 +223,6 @@ def second_moments(
     sums: dict[str, LayerMoments] = {}
     mask, counted = inputs.mask if isinstance(inputs, Locality) else None, list[Tensor | None]([None])
     inputs = inputs.inputs if isinstance(inputs, Locality) else inputs
-    if mask is not None and likelihood is not None:
-        raise InvalidInput(
-            "second_moments was given a mask and a likelihood; expected batches without padding for both"
-        )
     probes = None if likelihood is None else Probes(likelihood, seed)
     handles = [
         module.register_forward_hook(_noting(sums, weight, bias, probes, counted), with_kwargs=True)
@@ -237,7 +234,7 @@ def second_moments(
             counted[0] = None if mask is None else mask[items : items + batch_size]
             items += check_batch(batch, "second_moments")
             if probes is not None:
-                probes.run(clone, batch)
+                probes.run(clone, batch, counted[0])
                 continue
             with torch.no_grad():
                 call(clone, batch)

@@ -68,10 +68,23 @@ class Probes:
         self._zeros.append((weight, module, zeros))
         return output + zeros
 
-    def run(self, function: Function, batch: Inputs) -> None:
-        """Run a batch, and add what its layers' outputs matter to the sums."""
+    def run(self, function: Function, batch: Inputs, mask: Tensor | None = None) -> None:
+        """Run a batch, and add what its layers' outputs matter to the sums: to answers at a mask's positions, if given.
+
+        Raises:
+            InvalidInput: the likelihood returned something else than one number an answer, or there is a mask of
+                another shape.
+            NonFinite: the log-likelihood is not finite.
+        """
         with torch.inference_mode(False), torch.enable_grad():
             answers = outputs(function, _normal(batch))
+            if mask is not None:
+                if mask.shape != answers.shape[: mask.ndim]:
+                    raise InvalidInput(
+                        f"second_moments was given a mask of shape {tuple(mask.shape)} with a likelihood, and the "
+                        f"model answers with shape {tuple(answers.shape)}; expected one entry an answer"
+                    )
+                answers = answers[mask]
             found = self._likelihood(answers, self._generator)
             if not isinstance(found, Tensor) or found.shape != (len(answers),):
                 given = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__

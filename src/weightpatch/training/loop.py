@@ -76,6 +76,7 @@ def train(
     trackers: Sequence[Any] | None = None,
     accelerator: Accelerator | None = None,
     progress: bool = True,
+    before: Callable[[EditableObjective, int], None] | None = None,
 ) -> Trained:
     """Train a model so that it can be edited, and leave it with the best weights that validation saw.
 
@@ -98,6 +99,8 @@ def train(
         trackers: names or trackers as accelerate takes them; TensorBoard where it is installed, when not given.
         accelerator: one of your own; its mixed precision counts then, not that of the settings.
         progress: show a progress bar where the output is a terminal.
+        before: called before every step with the objective and the step's number, from 0: to give its editor a metric
+            that is measured anew, for one. Where it depends on these alone, a stopped run still ends bit for bit alike.
 
     Raises:
         MissingExtra: accelerate is not installed.
@@ -113,7 +116,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = accelerator or _accelerator(settings, folder, trackers)
     editor = objective.editor
-    run = _Run(objective, settings, folder, validation, criterion or Frugal(), accelerator)
+    run = _Run(objective, settings, folder, validation, criterion or Frugal(), accelerator, before)
     with preserved_rng(accelerator.device):
         try:
             run.prepare(data, sampler, optimiser, schedule)
@@ -139,8 +142,9 @@ class _Run:
         validation: Validation | None,
         criterion: Criterion,
         accelerator: Accelerator,
+        before: Callable[[EditableObjective, int], None] | None,
     ) -> None:
-        self.objective, self.settings, self.folder = objective, settings, folder
+        self.objective, self.settings, self.folder, self.before = objective, settings, folder, before
         self.validation, self.criterion, self.accelerator = validation, criterion, accelerator
         self.editor = objective.editor
         self.step, self.seconds, self.stopped = 0, 0.0, False
@@ -172,6 +176,8 @@ class _Run:
         self.objective.train()
         while self.step < settings.steps and not self.stopped:
             set_steps(self.objective, self.editor.max_steps if settings.k is None else settings.k(self.step))
+            if self.before is not None:
+                self.before(self.objective, self.step)
             facts = self.stepper.update(self.step)
             self.step += 1
             if self._due(settings.log_every):

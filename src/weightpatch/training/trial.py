@@ -151,7 +151,7 @@ class Trial:
             recording, stand_ins = sums.recorded(part)
             view.show(part.inputs, recording)
             leaves += stand_ins
-        problem, editor = self._problem(case, everything, view.twice), self._with(learned)
+        problem, editor = self._problem(case, everything, view.at), self._with(learned)
         try:
             unrolling = self._choose(editor, problem, leaves)
             found = unrolling.gradient(editor, problem, lambda params: self._outer(case, view.at(params)), leaves)

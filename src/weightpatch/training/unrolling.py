@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .._calling import Params
+from .._calling import Function, Params
 from ..editors import IterativeEditor
 from ..editors.base import direction
 from ..errors import InvalidInput
+from ..network import twice_differentiable, uncached_casts
 from ..problem import Problem
 
 __all__ = ["Adjoint", "Outcome", "Unrolled", "Unrolling", "step_bytes"]
@@ -66,6 +68,7 @@ class Unrolled(Unrolling):
 
     def gradient(self, editor: IterativeEditor, problem: Problem, outer: Outer, leaves: Sequence[Tensor]) -> Outcome:
         """Run the editor once and its graph backwards."""
+        problem = _on(twice_differentiable if self.create_graph else uncached_casts, problem)
         params = {n: v.view_as(v) if v.requires_grad else _leaf(v) for n, v in problem.start.items()}
         state, steps = editor.init(params), 0
         for _ in range(editor.max_steps):
@@ -89,6 +92,7 @@ class Adjoint(Unrolling):
 
     def gradient(self, editor: IterativeEditor, problem: Problem, outer: Outer, leaves: Sequence[Tensor]) -> Outcome:
         """Run the editor forwards without a graph, then every step again in reverse."""
+        problem = _on(twice_differentiable, problem)
         moments: list[tuple[Params, Any]] = []
         params, state = _free(problem.start), editor.init(problem.start)
         for _ in range(editor.max_steps):
@@ -142,12 +146,27 @@ def step_bytes(editor: IterativeEditor, problem: Problem, but: Sequence[Tensor])
             found[storage._cdata] = storage.nbytes()
         return tensor
 
-    params = _free(problem.start)
+    problem, params = _on(twice_differentiable, problem), _free(problem.start)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         grads = direction(editor, problem, params, create_graph=True)
         if grads is not None:
             editor.step(params, grads, editor.init(params))
     return sum(found.values())
+
+
+def _on(kernels: Callable[[], AbstractContextManager[None]], problem: Problem) -> Problem:
+    """Return the problem with a model that runs on these kernels."""
+
+    def at(params: Params) -> Function:
+        inner = problem.at(params)
+
+        def function(*args: Any, **kwargs: Any) -> Any:
+            with kernels():
+                return inner(*args, **kwargs)
+
+        return function
+
+    return replace(problem, at=at)
 
 
 def _leaf(tensor: Tensor) -> Tensor:

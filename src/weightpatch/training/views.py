@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._calling import Function, Inputs, Params, call, leaves, length, rows
-from ..network import LiveNetwork, Recording, twice_differentiable
+from ..network import LiveNetwork, Recording
 from ..network.live import arguments
 from ..network.tree import equal, flatten_call
 
@@ -78,16 +78,6 @@ class View:
         def function(*args: Any, **kwargs: Any) -> Any:
             recording = self._known.get(_key(args, kwargs))
             return self._network.run({**self._fixed, **params}, recording, args, kwargs)
-
-        return function
-
-    def twice(self, params: Params) -> Function:
-        """Return the same function by kernels that can be differentiated twice."""
-        inner = self.at(params)
-
-        def function(*args: Any, **kwargs: Any) -> Any:
-            with twice_differentiable():
-                return inner(*args, **kwargs)
 
         return function
 

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..._calling import Function
-from ...constraints import Classified, Constraint
+from ...constraints import Classified, Constraint, Preferred, Says
 from ...errors import InvalidInput
-from ...sequences import Preferred, Says
 from ..differences import Span, differences
 from ..sentences import Answering, SentenceComparison
 from ._mistakes import parts

@@ -16,7 +16,7 @@ from torch import nn
 
 from weightpatch._calling import Params, leaves
 from weightpatch._cost import measured
-from weightpatch.constraints import All, Constraint
+from weightpatch.constraints import All, Constraint, Says
 from weightpatch.editing import Result, solve
 from weightpatch.editors import Editor
 from weightpatch.errors import InvalidInput
@@ -26,7 +26,6 @@ from weightpatch.locality import Locality
 from weightpatch.network import GATE, preserved_rng
 from weightpatch.patches import Patch, fingerprint
 from weightpatch.preparing import prepared
-from weightpatch.sequences import Says
 from weightpatch.tasks.language._facts import Fact
 from weightpatch.tasks.language._judging import Judge, Share, Unedited, unedited
 from weightpatch.tasks.language._measures import demand

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weightpatch.constraints import IGNORED, Says, token_scores
 from weightpatch.errors import InvalidInput
 from weightpatch.network import preserved_rng
-from weightpatch.sequences import IGNORED, Says, token_scores
 from weightpatch.tasks.language._facts import Fact
 from weightpatch.tasks.text import CausalLM
 

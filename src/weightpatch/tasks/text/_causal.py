@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from weightpatch.sequences import CausalFrame, Frame
+from weightpatch.constraints import CausalFrame, Frame
 from weightpatch.tasks.text._generating import Generating
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weightpatch.constraints import IGNORED, Frame, Preferred, Says
 from weightpatch.errors import InvalidInput
 from weightpatch.locality import Locality
 from weightpatch.network import preserved_rng
-from weightpatch.sequences import IGNORED, Frame, Preferred, Says
 
 __all__ = ["Decoding", "Generating"]
 

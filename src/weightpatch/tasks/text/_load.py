@@ -71,8 +71,7 @@ def load(
     found = kind or _kind(config)
     if found not in kinds:
         raise InvalidInput(f"load was given kind={kind!r}; expected one of {', '.join(kinds)}")
-    # Its attention has the second derivatives that Editable Training takes, and the same values on every machine.
-    model = kinds[found].from_pretrained(home, dtype=dtype, attn_implementation="eager", **where).eval()
+    model = kinds[found].from_pretrained(home, dtype=dtype, **where).eval()
     if found == "text-classification":
         return TextClassifier(model, tokenizer)
     told = dict(settings or {})

@@ -13,7 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from weightpatch.constraints import All, Constraint
+from weightpatch.constraints import IGNORED, All, Constraint, Preferred, Says
 from weightpatch.editing import Result, solve
 from weightpatch.editors import Editor
 from weightpatch.errors import InvalidInput
@@ -25,7 +25,6 @@ from weightpatch.locality import Locality
 from weightpatch.network import Network, preserved_rng
 from weightpatch.patches import fingerprint
 from weightpatch.preparing import prepared
-from weightpatch.sequences import IGNORED, Preferred, Says
 from weightpatch.tasks.text._generating import NEW_TOKENS, Generating, generated
 
 __all__ = ["GenerationReport", "GenerationRow", "evaluate", "generations"]

@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from weightpatch.sequences import Frame, Seq2SeqFrame
+from weightpatch.constraints import Frame, Seq2SeqFrame
 from weightpatch.tasks.text._generating import Generating
 
 

@@ -14,11 +14,11 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from ._calling import Function, check_batch, outputs
-from .constraints import Constraint
-from .errors import InvalidInput, ShapeMismatch
+from .._calling import Function, check_batch, outputs
+from ..errors import InvalidInput, ShapeMismatch
+from ._demands import Constraint, Piece
 
-__all__ = ["IGNORED", "CausalFrame", "Decode", "Frame", "Preferred", "Says", "Seq2SeqFrame", "token_scores"]
+__all__ = ["IGNORED", "CausalFrame", "Frame", "Preferred", "Says", "Seq2SeqFrame", "token_scores"]
 
 IGNORED = -100
 Decode = Callable[[nn.Module], Tensor]
@@ -181,16 +181,21 @@ class Says(Constraint):
 
     def violation(self, function: Function) -> Tensor:
         """Return ``margin + max_{c != y_t} z_tc - z_ty`` of each token, then the rivals: (tokens + rivals,)."""
+        return torch.cat([piece.violation for piece in self.pieces(function)])
+
+    def pieces(self, function: Function) -> list[Piece]:
+        """Return the violations, those of tokens with what they are the largest of, shape (tokens, vocabulary)."""
         inputs, labels = self.frame.batch(self.source, (self.answer, *self.rivals))
         logits = _logits(function, inputs, labels)
         asked = labels[0] != IGNORED
         wanted, at = labels[0, asked][:, None], logits[0, asked]
-        gap = at.scatter(1, wanted, -torch.inf).amax(1) - at.gather(1, wanted).squeeze(1)
-        gap = gap + self.margin + torch.finfo(gap.dtype).tiny * (gap == 0).to(gap.dtype)
+        others = at.scatter(1, wanted, -torch.inf) - at.gather(1, wanted) + self.margin
+        gap = others.amax(1)
+        tokens = Piece(gap + torch.finfo(gap.dtype).tiny * (gap == self.margin).to(gap.dtype), rivals=others)
         if not self.rivals:
-            return gap
+            return [tokens]
         means = token_scores(logits, labels).sum(1) / (labels != IGNORED).sum(1)
-        return torch.cat([gap, means[1:] - means[0] + 0.01 * (1 + self.margin)])
+        return [tokens, Piece(means[1:] - means[0] + 0.01 * (1 + self.margin))]
 
     def refined(self, model: nn.Module) -> Says | None:
         """Add what `model` generates instead as a rival, or ask for a larger margin; None where it says the answer."""

@@ -1,8 +1,4 @@
-"""What must hold: constraints l_e with one number per demand, met where it is at most 0.
-
-A constraint knows any callable from inputs to outputs, never parameters or editors. To make one, subclass `Constraint`
-and write `violation`, differentiable in what the function returns.
-"""
+"""What a constraint is, and the usual demands: classes, values, and answers that stay."""
 
 from __future__ import annotations
 
@@ -15,10 +11,10 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from ._calling import Function, Inputs, check_batch, check_finite_tensor, leaves, length, outputs
-from .errors import ConflictingConstraints, InvalidInput, ShapeMismatch
+from .._calling import Function, Inputs, check_batch, check_finite_tensor, leaves, length, outputs
+from ..errors import ConflictingConstraints, InvalidInput, ShapeMismatch
 
-__all__ = ["All", "Classified", "Constraint", "Kept", "Piece", "Within", "altered"]
+__all__ = ["All", "Classified", "Constraint", "Kept", "Piece", "Within", "altered", "check_consistent"]
 
 
 class Piece(NamedTuple):
