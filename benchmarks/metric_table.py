@@ -37,7 +37,9 @@ from weightpatch.editors import (
     Budget,
     Editor,
     Gate,
+    GaussNewton,
     GradientDescent,
+    KeyValue,
     LowRank,
     MinimumNorm,
     Preconditioned,
@@ -101,6 +103,11 @@ def ladder(model: torch.nn.Module, parameters: tuple[str, ...], train: images.La
     return Part(model, parameters, made)
 
 
+def key_value(model: torch.nn.Module, train: images.LabelledImages, preset: str) -> Part:
+    moments = second_moments(model, train.images[:REFERENCE], parameters=("fc.weight",))
+    return Part(model, ("fc.weight",), getattr(KeyValue, preset)("fc", moments.metric(SHRINKAGE)))
+
+
 def networks(train: images.LabelledImages) -> dict[str, Row]:
     """Return the rows by name."""
     small = images.fashion_classifier
@@ -145,6 +152,9 @@ def networks(train: images.LabelledImages) -> dict[str, Row]:
             classifier(CONVOLUTIONS, Preconditioned, line_search=6), edits=FEWER
         ),
         "fc, MinimumNorm, two-sided": Row(classifier(("fc.*",), MinimumNorm, two_sided=True)),
+        "fc, GaussNewton, two-sided": Row(classifier(("fc.*",), GaussNewton, two_sided=True), edits=FEWER),
+        "fc, ROME": Row(lambda: key_value(small(), train, "rome"), edits=FEWER),
+        "fc, MEMIT": Row(lambda: key_value(small(), train, "memit"), edits=FEWER),
         "layer3, MinimumNorm, two-sided": Row(classifier(CONVOLUTIONS, MinimumNorm, two_sided=True)),
         "layer3, Preconditioned, two-sided": Row(classifier(CONVOLUTIONS, Preconditioned, two_sided=True), edits=FEWER),
         "Auto": Row(lambda: ladder(small(), (*CONVOLUTIONS, "fc.*"), train, changed=CHANGED, seconds=0.3)),

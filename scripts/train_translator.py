@@ -37,6 +37,16 @@ LAST = "model.decoder.layers.2.*"
 FITTED = 1000  # training pairs whose features a block is fitted to
 
 
+def joined(pairs: Pairs, files: list[Path]) -> Pairs:
+    """Add the pairs of files that fetch_pairs.py wrote."""
+    if not files:
+        return pairs
+    from translation_data import read
+
+    german, english = zip(*(pair for file in files for pair in read(file)), strict=True)
+    return Pairs(pairs.german + german, pairs.english + english)
+
+
 def learn_pieces(pairs: Pairs, size: int, folder: Path) -> None:
     """Learn one SentencePiece model of both languages, and write what a Marian tokenizer reads."""
     import sentencepiece
@@ -203,10 +213,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("--folder", type=Path, default=Path("runs/translator"))
+    parser.add_argument("--pairs", type=Path, nargs="+", default=[], help="more pairs to train on, of fetch_pairs.py")
     arguments = parser.parse_args()
     told, folder = tomllib.loads(arguments.config.read_text()), arguments.folder
     out = folder / "model"
-    pairs = libreoffice("train")
+    pairs = joined(libreoffice("train"), arguments.pairs)
     torch.manual_seed(told["seed"])
     if "start" in told:
         shutil.copytree(told["start"], out, dirs_exist_ok=True)

@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import io
+import os
 import random
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +30,20 @@ HERE = Path(__file__).parent.parent / "src" / "weightpatch" / "tasks" / "transla
 def read(path: Path) -> list[tuple[str, str]]:
     with gzip.open(path, "rt", encoding="utf-8") as file:
         return [(de, en) for de, en in (line.rstrip("\n").split("\t") for line in file)]
+
+
+def write(path: Path, pairs: Iterable[tuple[str, str]]) -> None:
+    """Write pairs as `read` reads them; the file appears only whole, and the same pairs make the same bytes."""
+    text = "".join(f"{german}\t{english}\n" for german, english in pairs)
+    packed = io.BytesIO()
+    with gzip.GzipFile("", "wb", 9, packed, mtime=0) as file:
+        file.write(text.encode())
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_bytes(packed.getvalue())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def words(text: str) -> list[str]:
@@ -54,6 +71,12 @@ def alike(some: np.ndarray, others: np.ndarray, languages: list[sparse.csr_matri
     return found
 
 
+def unlike(some: np.ndarray, others: np.ndarray, languages: list[sparse.csr_matrix]) -> np.ndarray:
+    """Return which rows of some are like none of the others, (some,), bool."""
+    parts = np.array_split(some, max(1, len(some) // 500))
+    return np.concatenate([~alike(part, others, languages).any(1) for part in parts])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("help", type=Path)
@@ -77,7 +100,7 @@ def main() -> None:
             break
     chosen = chosen[: sum(HELD_OUT.values())]
     left, held = np.array(sorted(set(range(len(pairs))) - set(chosen))), np.array(chosen)
-    free = np.concatenate([~alike(some, held, languages).any(1) for some in np.array_split(left, len(left) // 500)])
+    free = unlike(left, held, languages)
     splits = {"train": left[free].tolist()}
     begun = 0
     for name, size in HELD_OUT.items():
@@ -86,9 +109,7 @@ def main() -> None:
     print(f"{count} help and {len(pairs) - count} interface pairs; {int((~free).sum())} resemble a held-out one")
     HERE.mkdir(parents=True, exist_ok=True)
     for name, some in splits.items():
-        text = "".join(f"{pairs[i][0]}\t{pairs[i][1]}\n" for i in some)
-        with open(HERE / f"{name}.de-en.tsv.gz", "wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as file:
-            file.write(text.encode())
+        write(HERE / f"{name}.de-en.tsv.gz", (pairs[i] for i in some))
         print(f"{name}: {len(some)}")
 
 

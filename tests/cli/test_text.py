@@ -259,7 +259,8 @@ def test_the_demo_mends_a_plain_and_an_editable_translator(models, capsys, monke
         translation, "translator", lambda editable=False: load(models["translation"], "translation", settings=settings)
     )
     monkeypatch.setattr(translation, "EDITED", "model.decoder.layers.1.*")
-    monkeypatch.setattr(translation, "editor", lambda: RMSProp(lr=1e-2, max_steps=100))
+    monkeypatch.setattr("weightpatch.cli.demo_text.LAST", "model.decoder.layers.1.*")
+    monkeypatch.setattr(translation, "editor", lambda kind: RMSProp(lr=1e-2, max_steps=100))
     monkeypatch.setattr("weightpatch.editors.ladder", lambda weight: RMSProp(lr=1e-2, max_steps=100))
     code, facts = run(capsys, "demo", "--task", "translation", "--output", "out", "--sentences", 10)
     assert code == 0 and facts["before"] != facts["wanted"]

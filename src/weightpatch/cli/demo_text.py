@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 KEPT = 32  # sentences of the validation split hold the plain translator's edit back
 NEAR = 0.5  # at most this share of its words is wrong, where there is such a mistake
 WORDS = 12  # the mistake is a sentence of at most so many words, so that it is easy to see
+LAST = "model.decoder.layers.2.*"  # what the plain translator is edited in
 POOL = 100  # sentences among which it is looked for
 
 
@@ -104,7 +105,7 @@ def _mended(
     from ..patches import Patch
 
     fix = kind.says(*asked)
-    editor, parameters = _way(name)
+    editor, parameters = _way(name, kind)
     found = run(
         kind.model, fix, editor, keep=kind.kept(held.german) if name == "plain" else None, parameters=parameters
     )
@@ -126,12 +127,12 @@ def _mended(
     return found, comparison, page
 
 
-def _way(name: str) -> tuple[Editor | None, str]:
+def _way(name: str, kind: Seq2Seq) -> tuple[Editor, str]:
     """Return how a translator is edited, and what may move."""
     from ..editors import ladder
     from ..tasks import translation
 
-    return (translation.editor() if name == "editable" else ladder(100.0)), translation.EDITED
+    return (translation.editor(kind), translation.EDITED) if name == "editable" else (ladder(100.0), LAST)
 
 
 def _table(found: dict[str, SentenceComparison], n: int) -> Any:

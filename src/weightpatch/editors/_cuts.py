@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -40,10 +41,10 @@ class Cuts:
 
     def __init__(self, space: Space, metric: Metric | None, eps: float, origin: Vector) -> None:
         self._space, self._metric, self._eps, self._origin = space, metric, eps, origin
-        self._rows: list[Vector] = []  # J and C⁻¹ Jᵀ
-        self._moves: list[Vector] = []
+        self._rows: list[Vector] = []  # J
+        self._moves: list[Vector] = []  # C⁻¹ Jᵀ, of those that the Gram matrix has
         self._demand: list[int] = []
-        self._b: list[float] = []
+        self._b: list[float] = []  # of rows that the Gram matrix does not have yet, the violation where the search is
         self._slack: list[float] = []  # beyond b, against rounding
         self._groups: dict[int, _Group] = {}
         self._gram = origin.values.new_zeros(0, 0)
@@ -54,46 +55,49 @@ class Cuts:
         """The Gram matrix ``J C⁻¹ Jᵀ`` of all rows."""
         known, size = len(self._gram), len(self._rows)
         if known < size:
-            new = self._space.dots(self._rows, self._moves[known:])
+            new = self._rows[known:]
+            self._moves += new if self._metric is None else self._space.all_applied(self._metric, new, self._eps)
+            columns = self._space.dots(self._rows, self._moves[known:])
             grown = self._gram.new_zeros(size, size)
-            grown[:known, :known], grown[:, known:], grown[known:, :known] = self._gram, new, new[:known].T
+            grown[:known, :known], grown[:, known:], grown[known:, :known] = self._gram, columns, columns[:known].T
             self._gram = grown
+            for place in range(known, size):
+                self._b[place] += self._gone(place)
         return self._gram
 
     def knows(self, demand: int) -> bool:
         """Say whether there is a ball of this demand."""
         return demand in self._groups
 
-    def add(self, demand: int, row: Vector, value: float, delta: Vector, slack: float) -> None:
+    def add(self, demand: int, row: Vector, value: float, slack: float) -> None:
         """Add an inequality; where the demand has it already, rounding lost it, and it asks for a little more.
 
         Args:
             demand: which one.
             row: its gradient.
-            value: its violation at delta.
-            delta: where that was found.
+            value: its violation where the search is.
             slack: by how much it is overshot.
         """
-        for place, known in enumerate(self._rows):
-            if self._demand[place] == demand and self._same(known, row):
-                self._slack[place] = 2 * self._slack[place] + value
-                return
-        self._append(demand, row, self._at_origin(row, value, delta), slack)
+        places = [place for place, known in enumerate(self._demand) if known == demand]
+        same = self._same(places, row)
+        if same is None:
+            self._append(demand, row, value, slack)
+        else:
+            self._slack[same] = 2 * self._slack[same] + value
 
-    def add_ball(self, demand: int, rows: list[Vector], values: list[float], delta: Vector, radius: float) -> None:
-        """Add a ball; `values` (k,) are its residuals at delta."""
+    def add_ball(self, demand: int, rows: list[Vector], values: list[float], radius: float) -> None:
+        """Add a ball; `values` (k,) are its residuals where the search is."""
         size = len(self._rows)
         self._groups[demand] = _Group(list(range(size, size + len(rows))), radius)
         for row, value in zip(rows, values, strict=True):
-            self._append(demand, row, self._at_origin(row, value, delta), 0.0)
+            self._append(demand, row, value, 0.0)
 
-    def refine(self, demand: int, values: list[float], delta: Vector, radius: float) -> bool:
-        """Take the residuals of a ball as they are found at delta: rounding lost it, and it is aimed at further inside.
+    def refine(self, demand: int, values: list[float], radius: float) -> bool:
+        """Take the residuals of a ball as they are found now: rounding lost it, and it is aimed at further inside.
 
         Args:
             demand: which one.
-            values: its residuals, (k,).
-            delta: where they were found.
+            values: its residuals where the search is, (k,).
             radius: how long they may be.
 
         Returns:
@@ -103,7 +107,7 @@ class Cuts:
         hope = group.radius > 0 or length < 0.5 * group.shortest
         group.radius, group.shortest = max(0.0, group.radius - 2 * (length - radius)), min(length, group.shortest)
         for place, value in zip(group.places, values, strict=True):
-            self._b[place] = self._at_origin(self._rows[place], value, delta)
+            self._b[place] = value + self._gone(place)
         return hope
 
     def solve(self) -> Dual:
@@ -113,6 +117,7 @@ class Cuts:
     @property
     def right(self) -> Tensor:
         """What is asked for: b, and the slack."""
+        _ = self.gram  # b is known with it
         return self.weights.new_tensor([b + slack for b, slack in zip(self._b, self._slack, strict=True)])
 
     def alone(self) -> Tensor:
@@ -158,20 +163,23 @@ class Cuts:
         device = self.weights.device
         return [Ball(torch.tensor(group.places, device=device), group.radius) for group in self._groups.values()]
 
-    def _append(self, demand: int, row: Vector, b: float, slack: float) -> None:
-        move = row if self._metric is None else self._space.applied(self._metric, row, self._eps)
+    def _append(self, demand: int, row: Vector, value: float, slack: float) -> None:
         self._rows.append(row)
-        self._moves.append(move)
         self._demand.append(demand)
-        self._b.append(b)
+        self._b.append(value)
         self._slack.append(slack)
         self.weights = torch.cat([self.weights, self.weights.new_zeros(1)])
 
-    def _at_origin(self, row: Vector, value: float, delta: Vector) -> float:
-        return value - float(self._space.dot(row, delta) - self._space.dot(row, self._origin))
+    def _gone(self, place: int) -> float:
+        """Return ``-J_i (Δ - Δ_0)``, of where the search is."""
+        known = len(self._gram)  # the others weigh nothing yet
+        return float(self._gram[place] @ self.weights[:known])
 
-    def _same(self, one: Vector, two: Vector) -> bool:
-        """Say whether they differ by rounding alone."""
-        square = two.square
-        distance = one.square + square - 2 * float(self._space.dot(one, two))
-        return distance <= 1e-8 * square
+    def _same(self, places: Sequence[int], row: Vector) -> int | None:
+        """Return which of these rows differs from another by rounding alone."""
+        if places:
+            inner = self._space.dots([self._rows[place] for place in places], [row]).squeeze(1).tolist()
+            for place, product in zip(places, inner, strict=True):
+                if self._rows[place].square + row.square - 2 * product <= 1e-8 * row.square:
+                    return place
+        return None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._calling import Params
 from ..errors import InvalidInput
+from ._factors import Factors
 
 __all__ = ["LayerMetric", "Metric"]
 
@@ -74,6 +75,11 @@ class LayerMetric:
         if key not in self._made:
             self._made[key] = _shrunk_inverse(self.fisher, self.output_shrinkage).to(like)
         return self._made[key]
+
+    def moved(self, gradient: Factors, *, with_bias: bool) -> Factors:
+        """Return ``G⁻¹ g C⁻¹`` of a linear layer's gradient g, with the bias's as its last column if that is edited."""
+        (inverse,), left = self.inverse(gradient.right, with_bias=with_bias), self.output_inverse(gradient.left)
+        return Factors(gradient.left if left is None else gradient.left @ left[0], gradient.right @ inverse)
 
     def _of(self, with_weight: bool, with_bias: bool) -> Tensor:
         last = self.second.shape[-1] - 1

@@ -87,7 +87,7 @@ class _Search:
     def __init__(self, metric: Metric | None, problem: Problem) -> None:
         self._metric, self._problem = metric, problem
         self._names = list(problem.start)
-        self._space = Space(problem.start)
+        self._space = Space(problem.start, factored=True)
         self._delta = self._space.zero()
         self._power = 0.0 if metric is None else sum(metric.layers[name].power for name in self._layers(metric))
         self._size = math.sqrt(sum(float(p.double().square().sum()) for p in problem.start.values()))
@@ -137,8 +137,8 @@ class _Search:
         slack = self._rounding(violation) * max(1.0, abs(value))
         slack += 0.0 if self.affine else _BEYOND * max(value, 0.0)
         row = self._row(violation, moved)
-        self._cuts.add(demand, row, value, self._delta, slack)
-        return max(row.values.nbytes, 1)
+        self._cuts.add(demand, row, value, slack)
+        return max(row.nbytes, 1)
 
     def _add_rivals(self, demand: int, piece: Piece, place: int, moved: list[Tensor], most: int) -> None:
         """Add what else violates the demand; where answers are not affine, the farthest rival alone counts."""
@@ -154,10 +154,10 @@ class _Search:
         values = residual.detach().double()
         length = float(values.norm())
         if self._cuts.knows(demand):
-            return self._cuts.refine(demand, values.tolist(), self._delta, radius)
+            return self._cuts.refine(demand, values.tolist(), radius)
         aim = max(0.0, radius - self._rounding(residual) * max(1.0, length)) * (1.0 if self.affine else 1 - _BEYOND)
         rows = [self._row(part, moved) for part in residual]
-        self._cuts.add_ball(demand, rows, values.tolist(), self._delta, aim)
+        self._cuts.add_ball(demand, rows, values.tolist(), aim)
         return True
 
     def _row(self, number: Tensor, moved: list[Tensor]) -> Vector:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -170,15 +171,43 @@ class Generating(ABC):
             model: another model of this kind, such as an edited one.
             batch_size: sources at a time, of similar length.
         """
-        found: dict[int, Tensor] = {}
         sources = [self.source(text) for text in texts]
-        order = sorted(range(len(texts)), key=lambda i: sources[i]["input_ids"].shape[1])
+        lengths = [source["input_ids"].shape[1] for source in sources]
+
+        def batch(some: Sequence[int]) -> dict[str, Any]:
+            return self.gathered([sources[i] for i in some])
+
+        return self.written(model or self.model, lengths, batch, batch_size)
+
+    @torch.no_grad()
+    def written(
+        self, model: nn.Module, lengths: Sequence[int], batch: Callable[[Sequence[int]], Any], batch_size: int = 64
+    ) -> list[Tensor]:
+        """Return the tokens of the answers of a model of this kind, as deployed.
+
+        Args:
+            model: what writes.
+            lengths: of n sources, which are taken in this order.
+            batch: makes model inputs of some sources, by their numbers.
+            batch_size: sources at a time.
+        """
+        found: dict[int, Tensor] = {}
+        order = sorted(range(len(lengths)), key=lambda i: lengths[i])
         for begin in range(0, len(order), batch_size):
             some = order[begin : begin + batch_size]
-            batch = self.gathered([sources[i] for i in some])
-            rows = self.cut(generated(model or self.model, batch, self.settings), batch)
+            inputs = batch(some)
+            rows = self.cut(generated(model, inputs, self.settings), inputs)
             found |= {i: self.trimmed(row) for i, row in zip(some, rows, strict=True)}
-        return [found[i] for i in range(len(texts))]
+        return [found[i] for i in range(len(lengths))]
+
+    def encoded(self, texts: Sequence[str], edited: Sequence[str]) -> Callable[[Sequence[int]], dict[str, Any]] | None:
+        """Return what gives a model the sources as its encoder has seen them, by their numbers; None without one.
+
+        Args:
+            texts: the sources.
+            edited: names of parameters; None is returned, too, where one of them is the encoder's.
+        """
+        return None
 
     @abstractmethod
     def gathered(self, sources: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -203,13 +232,20 @@ class Decoding:
 
 def generated(model: Any, source: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
     """Run `generate` in evaluation mode, with the caller's modes put back; (rows, tokens)."""
+    plain = {"do_sample": False, "num_beams": 1, "max_new_tokens": NEW_TOKENS}
+    with evaluating(model):
+        found: Tensor = model.generate(**source, **{**plain, **settings})
+    return found
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode for a while."""
     training = [(module, module.training) for module in model.modules() if module.training]
     try:
         if training:
             model.eval()
-        plain = {"do_sample": False, "num_beams": 1, "max_new_tokens": NEW_TOKENS}
-        found: Tensor = model.generate(**source, **{**plain, **settings})
-        return found
+        yield
     finally:
         for module, mode in training:
             module.training = mode

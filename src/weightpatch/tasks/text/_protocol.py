@@ -25,7 +25,7 @@ from weightpatch.locality import Locality
 from weightpatch.network import Network, preserved_rng
 from weightpatch.patches import fingerprint
 from weightpatch.preparing import prepared
-from weightpatch.tasks.text._generating import NEW_TOKENS, Generating, generated
+from weightpatch.tasks.text._generating import NEW_TOKENS, Decoding, Generating
 
 __all__ = ["GenerationReport", "GenerationRow", "evaluate", "generations"]
 
@@ -243,7 +243,7 @@ def _decoded(kind: Generating, edit: Constraint, network: Network, params: dict[
     for part in edit.parts if isinstance(edit, All) else (edit,):
         if isinstance(part, (Says, Preferred)):
             wanted = part.answer if isinstance(part, Says) else part.target
-            found = kind.trimmed(kind.cut(generated(model, part.source, kind.settings), part.source)[0])
+            found = Decoding(kind, part.source)(model)
             if found[: len(wanted)].tolist() != wanted.tolist():
                 return False
     return True
@@ -274,11 +274,21 @@ def generations(kind: Generating, network: Network, texts: Sequence[str]) -> Fas
         forced.append(Forced(tuple(some), inputs, labels))
         begun = end
 
+    encoded = kind.encoded(texts, network.names)
+
     def anew(model: nn.Module, items: Sequence[int]) -> list[Tensor]:
-        return kind.generate([texts[i] for i in items], model)
+        if encoded is None:
+            return kind.generate([texts[i] for i in items], model)
+        lengths = [len(base[i]) for i in items]
+        return kind.written(model, lengths, lambda some: encoded([items[i] for i in some]))
 
     def force(items: Sequence[int], answers: Sequence[Tensor]) -> tuple[dict[str, Any], Tensor]:
-        return kind.forced([texts[i] for i in items], answers)
+        inputs, labels = kind.forced([texts[i] for i in items], answers)
+        if encoded is None:
+            return inputs, labels
+        given = encoded(items)
+        kept = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+        return {**kept, **given, "encoder_outputs": (given["encoder_outputs"].last_hidden_state,)}, labels
 
     guessing = Guessing(force, kind.ends, limit) if greedy(kind) else None
     return FastGenerations(network, base, forced, anew, guessing=guessing)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from weightpatch.constraints import Frame, Seq2SeqFrame
-from weightpatch.tasks.text._generating import Generating
+from weightpatch.tasks.text._generating import Generating, evaluating
 
 
 @final
@@ -51,6 +51,32 @@ class Seq2Seq(Generating):
         rows = [{name: value[0] for name, value in source.items()} for source in sources]
         padded = self.tokenizer.pad(rows, return_tensors="pt")
         return {name: padded[name].to(self._device) for name in sources[0]}
+
+    @torch.no_grad()
+    def encoded(self, texts: Sequence[str], edited: Sequence[str]) -> Callable[[Sequence[int]], dict[str, Any]] | None:
+        """Return what gives a model the sources as its encoder has seen them, by their numbers."""
+        from transformers.modeling_outputs import BaseModelOutput
+
+        model: Any = self.model
+        encoder = model.get_encoder()
+        own = {id(p) for p in encoder.parameters()}
+        places = [f"{name}." for name, module in model.named_modules() if module is encoder]
+        names = dict(model.named_parameters(remove_duplicate=False))
+        if any(id(names.get(name)) in own or name.startswith(tuple(places)) for name in edited):
+            return None
+        with evaluating(model):
+            found = [encoder(**self.source(text)).last_hidden_state[0] for text in texts]
+
+        def batch(some: Sequence[int]) -> dict[str, Any]:
+            states = [found[i] for i in some]
+            mask = [torch.ones(len(state), dtype=torch.int64, device=state.device) for state in states]
+            padded = nn.utils.rnn.pad_sequence(states, batch_first=True)
+            return {
+                "encoder_outputs": BaseModelOutput(last_hidden_state=padded),
+                "attention_mask": nn.utils.rnn.pad_sequence(mask, batch_first=True),
+            }
+
+        return batch
 
     @property
     def _device(self) -> torch.device:
