@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from patch_cases import DTYPES, KINDS, change, floats, same_bits
 
 from weightpatch.errors import NonFinite, NotEditable, ShapeMismatch
-from weightpatch.patches import Full, LowRank, Rows, Sparse, encode
+from weightpatch.patches import Full, LowRank, Patch, Rows, Sparse, base_fingerprint, encode
 from weightpatch.patches.rounding import rounded
 
 SHAPES = ((), (1,), (7,), (300,), (5, 3), (2, 3, 4), (1, 40), (40, 1), (300, 2), (64, 48))
@@ -78,6 +78,21 @@ def test_edits_of_low_rank_stay_small_in_every_type(dtype, rank):
     operation = encode(base, weights.to(dtype))
     assert isinstance(operation, LowRank)
     assert operation.left.shape == (400, rank)
+
+
+def test_factors_of_float32_weights_are_finer_where_float32_would_lose_some():
+    draw = torch.Generator().manual_seed(0)
+    left, right = (torch.randint(1, 10, shape, generator=draw).float() for shape in ((192, 3), (3, 300)))
+    model = torch.nn.Linear(300, 192, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    new = left @ right  # whole numbers: exact, and of no float32 factors of equal size
+    operation = encode(model.weight.detach(), new, exact=True)
+    assert isinstance(operation, LowRank)
+    assert operation.left.dtype == operation.right.dtype == torch.float64
+    own = dict(model.state_dict())
+    patch = Patch.between(own, {"weight": new}, exact=True, fingerprint=base_fingerprint(model))
+    assert same_bits(Patch.from_bytes(patch.to_bytes()).result(own)["weight"], new)
+    assert patch.nbytes < new.numel() * 4 / 5
 
 
 def test_the_callers_random_numbers_and_inputs_stay():

@@ -20,7 +20,7 @@ from .base import Certificate, Editor, Solution
 from .metric import Metric
 
 _BEYOND_TARGET = 8  # how many times as far it is looked whether answers are affine: a kink may lie behind the target
-_SLACK = 64  # roundings by which a demand is overshot: in a batch of another size the model answers a little otherwise
+_SLACK = 256  # roundings by which a demand is overshot: in a batch of another size the model answers a little otherwise
 _RIVALS = 24  # added in a round, of all its demands: of thousands of classes few matter, and a round is a pass of all
 _ROUND = 5e8  # bytes that the rivals of one round may take
 _EQUATIONS = 256  # outputs of one demand up to which each is an equation of its own

@@ -216,7 +216,8 @@ def _wanted(entry: Entry, arrays: Mapping[str, Array]) -> dict[str, tuple[str, t
     if first < 1:
         _refuse(f"tensor {entry.name!r} has an empty operation")
     if entry.kind == "lowrank":
-        factor = "F64" if own == "F64" else "F32"
+        finer = own == "F32" and arrays["left"].code == "F64"
+        factor = "F64" if own == "F64" or finer else "F32"
         return {"left": (factor, (entry.shape[0], first)), "right": (factor, (first, prod(entry.shape[1:])))}
     limit, rest = (entry.shape[0], entry.shape[1:]) if entry.kind == "rows" else (prod(entry.shape), ())
     return {"index": (index_code(min(limit, 2**63) - 1), (first,)), "values": (own, (first, *rest))}

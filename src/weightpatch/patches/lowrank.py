@@ -17,12 +17,14 @@ _OWN_ERROR = 1e-14  # of a sum of squares in float64
 def factors(base: Tensor, new: Tensor, *, below: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Candidates (left (o, r), right (r, i)) with left @ right ≈ new - base and fewer than `below` bytes, r rising.
 
-    The tensors are read as matrices (o, i). Nothing is yielded where no such rank can pass `within`.
-    Large matrices go through a randomised range finder (Halko, Martinsson & Tropp 2011, algorithm 4.4, one power).
+    Those of float32 weights are given in float32 first and then in float64: where products cancel, weights are left
+    that are smaller than the rounding of their float32 factors. The tensors are read as matrices (o, i). Nothing is
+    yielded where no such rank can pass `within`. Large matrices go through a randomised range finder (Halko,
+    Martinsson & Tropp 2011, algorithm 4.4, one power).
     """
     old, wanted = (t.reshape(len(t), -1) for t in (base, new))
-    kind = torch.float64 if base.dtype == torch.float64 else torch.float32
-    most = min(_RANK, *old.shape, (below - 1) // (sum(old.shape) * kind.itemsize))
+    kinds = [torch.float64] if base.dtype == torch.float64 else [torch.float32]
+    most = min(_RANK, *old.shape, (below - 1) // (sum(old.shape) * kinds[0].itemsize))
     if most < 1 or _hopeless(old, wanted, most):
         return
     delta = wanted.to(torch.float64) - old.to(torch.float64)
@@ -30,9 +32,12 @@ def factors(base: Tensor, new: Tensor, *, below: int) -> Iterator[tuple[Tensor, 
     total = delta.square().sum()
     rests = total - sizes.square().cumsum(0)
     possible = (rests <= _allowed(old, wanted, _scale(wanted)) + _OWN_ERROR * total).nonzero()[:, 0]
-    for rank in (possible[:_TRIES] + 1).tolist():
-        root = sizes[:rank].sqrt()
-        yield (left[:, :rank] * root).to(kind), (root[:, None] * right[:rank]).to(kind)
+    kinds += [torch.float64] if base.dtype == torch.float32 else []
+    for kind in kinds:
+        for rank in (possible[:_TRIES] + 1).tolist():
+            root = sizes[:rank].sqrt()
+            if rank * sum(old.shape) * kind.itemsize < below:
+                yield (left[:, :rank] * root).to(kind), (root[:, None] * right[:rank]).to(kind)
 
 
 def within(found: Tensor, base: Tensor, new: Tensor) -> bool:
