@@ -299,6 +299,24 @@ def table(content: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def short(content: dict[str, Any]) -> str:
+    """Return the table of README and docs."""
+    lines = [
+        "| translator, edited by | references: edits | success | absolute drawdown, BLEU | changed | "
+        "sampled: edits | success | absolute drawdown, BLEU | changed | ms an edit |",
+        "|---|" + "---:|" * 9,
+    ]
+    for row in content["rows"]:
+        if "reference" not in row or "sampled" not in row:
+            continue
+        cells = []
+        for which in ("reference", "sampled"):
+            figures = row[which]["figures"]
+            cells += [str(row[which]["edits"]), *(figures[column] for column in ("success", "absolute", "changed"))]
+        lines.append(f"| {row['name']} | " + " | ".join((*cells, row["reference"]["figures"]["ms an edit"])) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--show", action="store_true", help="print the stored table")
@@ -307,9 +325,10 @@ def main() -> None:
     parser.add_argument("--edits", type=int, default=EDITS, help="at most so many of each kind")
     parser.add_argument("--only", help="a part of the names to measure; --only nothing collects alone")
     parser.add_argument("--runs", type=Path, default=HERE / "runs" / "translation")
+    parser.add_argument("--readme", action="store_true", help="print the table of the docs")
     arguments = parser.parse_args()
-    if arguments.show:
-        print(TABLE.read_text())
+    if arguments.show or arguments.readme:
+        print(TABLE.read_text() if arguments.show else short(json.loads(RESULTS.read_text())))
         return
     if arguments.tune:
         tune()

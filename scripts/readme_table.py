@@ -11,6 +11,7 @@ TABLES = (
     ("README.md", "editable", "editable_table.py"),
     ("README.md", "ladder", "metric_table.py"),
     ("docs/choosing-an-editor.md", "choosing", "metric_table.py"),
+    ("docs/translation.md", "translations", "translation_table.py"),
 )
 
 if __name__ == "__main__":
