@@ -11,8 +11,8 @@ Success is what the edited model really writes. The drawdown is the loss of BLEU
 `editable` is the plain translator with the sparse block that examples/translator/editable.toml trained for edits,
 `untrained block` one as wide that is only fitted; without an edit both translate as the plain one does. `last layer
 trained` is examples/translator/last-layer.toml, which is not shipped: train it first. Metrics are two-sided, of 1,000
-training pairs; gates go by the translations of 100 others. Learning rates were chosen on 30 validation sentences
-(--tune).
+training pairs; gates go by the translations of 100 others. Learning rates are one setting each; --tune prints what
+others do to 30 validation sentences.
 """
 
 from __future__ import annotations

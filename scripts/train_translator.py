@@ -158,7 +158,9 @@ def objective_of(told: dict[str, Any], model: nn.Module) -> EditableObjective:
     exact = "block" in told
     return EditableObjective(
         model,
-        GaussNewton(max_steps=1) if exact else GradientDescent(lr=given["lr"], max_steps=given["max_steps"]),
+        GaussNewton(max_steps=given["max_steps"])
+        if exact
+        else GradientDescent(lr=given["lr"], max_steps=given["max_steps"]),
         parameters=tuple(given["parameters"]),
         c_edit=given["c_edit"],
         c_loc=given["c_loc"],

@@ -62,3 +62,6 @@ def classifier(folder: Path, seed: int = 0) -> Path:
 def sentences(count: int, seed: int = 0) -> list[str]:
     drawn = torch.randint(len(WORDS), (count, 4), generator=torch.Generator().manual_seed(seed)).tolist()
     return [" ".join(WORDS[i] for i in row) for row in drawn]
+
+
+MAKE = {"translation": translator, "lm": language, "text-classification": classifier}

@@ -20,17 +20,10 @@ from weightpatch.cli._late import late_weights
 from weightpatch.patches import Patch
 from weightpatch.tasks.text import load
 
-MAKE = {"translation": folders.translator, "lm": folders.language, "text-classification": folders.classifier}
 TARGET = {"translation": "w7 w8", "lm": "w7 w8", "text-classification": "happy"}
 SOURCE = "w3 w4 w5"
 GENTLE = ["--editor", "RMSProp", "--lr", "1e-2", "--max-steps", "60", "--keep-weight", "1", "--no-shrink"]
 GENTLE += ["--max-new-tokens", "8"]
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    home = tmp_path_factory.mktemp("models")
-    return {task: make(home / task) for task, make in MAKE.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +56,7 @@ def answer(folder: Path, task: str, text: str = SOURCE) -> str:
         return kind.model.config.id2label[int(kind.model(**kind.inputs([text])).logits.argmax())]
 
 
-@pytest.mark.parametrize("task", MAKE)
+@pytest.mark.parametrize("task", folders.MAKE)
 def test_the_journey_of_a_patch_on_a_model_folder(task, models, capsys):
     model = models[task]
     seen = digest(model)

@@ -17,15 +17,8 @@ from weightpatch.cli import main
 from weightpatch.editors import RMSProp
 from weightpatch.tasks import text
 
-MAKE = {"translation": folders.translator, "lm": folders.language, "text-classification": folders.classifier}
 PLAIN = ["--editor", "RMSProp", "--lr", "1e-2", "--max-steps", "60", "--no-shrink"]
 SHORT = ["--max-new-tokens", "6"]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    home = tmp_path_factory.mktemp("models")
-    return {task: make(home / task) for task, make in MAKE.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +43,7 @@ def digest(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
 
 
-@pytest.mark.parametrize("task", MAKE)
+@pytest.mark.parametrize("task", folders.MAKE)
 def test_doctor_tells_what_moves_what_is_replayed_and_what_an_edit_costs(task, models, capsys):
     seen, here = digest(models[task]), set(Path().iterdir())
     code, facts = run(capsys, "doctor", "--task", task, models[task], "--source", "w3 w4", *PLAIN, *SHORT)
@@ -125,6 +118,10 @@ def test_evaluate_tells_the_figures_of_the_library(task, models, capsys):
     assert again == facts and Path("rows.jsonl").read_text() == lines
     assert run(capsys, *words, "--results", "rows.jsonl", "--min-success", 1.1)[0] == 1
     code, facts = run(capsys, *words, "--results", "rows.jsonl", "--max-steps", 61)
+    assert code == 2 and "another run" in facts["error"]
+    rows[0]["target"] = "w11"  # as many edits, and others
+    Path("edits.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    code, facts = run(capsys, *words, "--results", "rows.jsonl")
     assert code == 2 and "another run" in facts["error"]
 
 
@@ -208,7 +205,7 @@ def test_bad_input_of_measurements_gives_2_and_says_why(words, says, models, cap
 
 @pytest.mark.parametrize("command", ["doctor", "evaluate"])
 def test_the_help_of_measurements_is_that_of_the_task(command, capsys):
-    for task in (*MAKE, "images"):
+    for task in (*folders.MAKE, "images"):
         assert main([command, "--task", task, "--help"]) == 0
         assert ("--num-beams" in capsys.readouterr().out) == (task != "images")
     assert main([command, "--task", "music", "--model", "a:b"]) == 2

@@ -86,6 +86,14 @@ def test_a_setting_of_the_model_itself_counts_too():
     assert not greedy(kind)
 
 
+def test_without_a_token_of_its_own_a_model_does_not_drift():
+    kind = made("translator", max_new_tokens=1)
+    kind.model.generation_config.forced_eos_token_id = 0
+    network = Network(kind.model, LAST["translator"])
+    found = text.generations(kind, network, TEXTS[:4]).predict(moved(network, 0.3))
+    assert found.drift == 0.0 and not found.changed
+
+
 def test_drift_is_the_mean_kl_of_a_token():
     kind, network, fast, _ = views("language")
     params = moved(network, 0.1)

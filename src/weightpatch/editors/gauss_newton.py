@@ -157,7 +157,7 @@ class _Asked:
 
     def __init__(self, editor: GaussNewton, params: Params) -> None:
         self._editor, self._params, self._moved = editor, params, list(params.values())
-        self._space = Space({name: p.detach() for name, p in params.items()})
+        self._space = Space({name: p.detach() for name, p in params.items()}, factored=True)
         self._eps = max(torch.finfo(p.dtype).eps for p in self._moved)
         self.places: list[_Place] = []
         self._rows: list[Vector] = []  # G and C⁻¹ Gᵀ
@@ -171,11 +171,11 @@ class _Asked:
         numbers = [_number(pieces, place) for place in places]
         rows = [self._space.vector(self._gradient(number, create_graph=False)) for number in numbers]
         metric = self._editor.metric
-        moves = rows if metric is None else _applied(self._space, metric, rows, self._eps)
+        moves = rows if metric is None else self._space.all_applied(metric, rows, self._eps)
         known = len(self._rows)
         self._rows += rows
         self._moves += moves
-        new = _products(self._space, self._rows, moves)
+        new = self._space.dots(self._rows, moves)
         grown = new.new_zeros(len(new), len(new))
         grown[:known, :known], grown[:, known:], grown[known:] = self._gram, new, new.mT
         self._gram = (grown + grown.mT) / 2
@@ -260,21 +260,3 @@ def _rivals(piece: Piece) -> Tensor:
 
 def _inner(row: Sequence[Tensor | None], other: Sequence[Tensor]) -> Tensor:
     return torch.stack([(g.double() * o).sum() for g, o in zip(row, other, strict=True) if g is not None]).sum()
-
-
-def _applied(space: Space, metric: Metric, rows: Sequence[Vector], eps: float) -> list[Vector]:
-    """Return C⁻¹ of every row: of all at once where it does not mix rows, whose inputs are few between them."""
-    by_rows = not metric.two_sided and all(len(layer.second) == 1 for layer in metric.layers.values())
-    if not by_rows or not all(row.dense for row in rows):
-        return [space.applied(metric, row, eps) for row in rows]
-    shaped = [space.shaped(row) for row in rows]
-    moved, _ = metric.applied({name: torch.cat([part[name] for part in shaped]) for name in shaped[0]}, eps)
-    parts = [value.reshape(len(rows), -1) for value in moved.values()]
-    return [Vector(row.rows, torch.cat([part[place] for part in parts])) for place, row in enumerate(rows)]
-
-
-def _products(space: Space, ones: Sequence[Vector], others: Sequence[Vector]) -> Tensor:
-    """Return the inner products, (ones, others)."""
-    if all(vector.dense for vector in (*ones, *others)):
-        return torch.stack([one.values for one in ones]) @ torch.stack([other.values for other in others]).mT
-    return torch.stack([torch.stack([space.dot(one, other) for other in others]) for one in ones])

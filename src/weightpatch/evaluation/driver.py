@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .._calling import check_batch
 from ..constraints import Constraint
@@ -23,7 +21,7 @@ from ..patches import fingerprint
 from ..preparing import prepared
 from .bench import Bench
 from .comparison import TestSet, check_labels
-from .log import Log
+from .log import Log, digest
 from .predictor import FastPredictor
 from .protocols import Independent, Protocol
 from .report import Report, Row
@@ -130,38 +128,13 @@ def _header(
         "format": _FORMAT,
         "model": fingerprint(model),
         "parameters": list(network.names),
-        "edits": _digest(list(edits)),
+        "edits": digest(list(edits)),
         "editor": repr(editor),
-        "test": _digest(test),
-        "keep": None if keep is None else _digest(keep),
+        "test": digest(test),
+        "keep": None if keep is None else digest(keep),
         "altered": None if altered is None else getattr(altered, "__qualname__", type(altered).__qualname__),
         "protocol": repr(protocol),
     }
-
-
-def _digest(value: Any) -> str:
-    """Return the SHA-256 of nested values: tensors by their bits, dataclasses and other objects by their attributes."""
-    found = hashlib.sha256()
-    _feed(value, found.update)
-    return found.hexdigest()
-
-
-def _feed(value: Any, update: Callable[[bytes], None]) -> None:
-    if isinstance(value, Tensor):
-        update(fingerprint({"": value}).encode())
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            update(repr(key).encode())
-            _feed(item, update)
-    elif isinstance(value, (list, tuple)):
-        update(f"{type(value).__name__} {len(value)}".encode())
-        for item in value:
-            _feed(item, update)
-    elif dataclasses.is_dataclass(value) or "object at 0x" in repr(value):
-        update(type(value).__qualname__.encode())
-        _feed(vars(value), update)
-    else:
-        update(repr(value).encode())
 
 
 @contextmanager

@@ -87,7 +87,7 @@ class Generations(ABC):
             float((before.exp() * (before - after.log_softmax(-1))).sum(dtype=torch.float64))
             for before, after in zip(self._before, logits, strict=True)
         )
-        return total / sum(map(len, self._before))
+        return total / max(1, sum(map(len, self._before)))  # none where every token is forced
 
 
 @final

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO, final
 
-from ..errors import InvalidInput
+from torch import Tensor
 
-__all__ = ["Log"]
+from ..errors import InvalidInput
+from ..patches import fingerprint
+
+__all__ = ["Log", "digest"]
 
 
 @final
@@ -87,3 +92,28 @@ class Log:
     ) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def digest(value: Any) -> str:
+    """Return the SHA-256 of nested values: tensors by their bits, dataclasses and other objects by their attributes."""
+    found = hashlib.sha256()
+    _feed(value, found.update)
+    return found.hexdigest()
+
+
+def _feed(value: Any, update: Callable[[bytes], None]) -> None:
+    if isinstance(value, Tensor):
+        update(fingerprint({"": value}).encode())
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            update(repr(key).encode())
+            _feed(item, update)
+    elif isinstance(value, (list, tuple)):
+        update(f"{type(value).__name__} {len(value)}".encode())
+        for item in value:
+            _feed(item, update)
+    elif dataclasses.is_dataclass(value) or "object at 0x" in repr(value):
+        update(type(value).__qualname__.encode())
+        _feed(vars(value), update)
+    else:
+        update(repr(value).encode())

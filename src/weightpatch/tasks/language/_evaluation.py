@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +18,7 @@ from weightpatch.constraints import All, Constraint, Says
 from weightpatch.editing import Result, solve
 from weightpatch.editors import Editor
 from weightpatch.errors import InvalidInput
-from weightpatch.evaluation.log import Log
+from weightpatch.evaluation.log import Log, digest
 from weightpatch.gates import Gate
 from weightpatch.locality import Locality
 from weightpatch.network import GATE, preserved_rng
@@ -179,8 +177,8 @@ def evaluate_facts(
     header = {
         "format": 1,
         "model": fingerprint(language.model),
-        "facts": _digest([asdict(fact) for fact in facts]),
-        "held_out": _digest(list(held_out)),
+        "facts": digest(list(facts)),
+        "held_out": digest(list(held_out)),
         "editor": run.name,
         "parameters": [parameters] if isinstance(parameters, str) else list(parameters),
         "keep": None if keep is None else fingerprint({str(n): leaf for n, leaf in enumerate(leaves(keep.inputs))}),
@@ -298,7 +296,3 @@ def _row(line: Mapping[str, Any]) -> FactsRow:
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -19,7 +19,7 @@ from weightpatch.editors import Editor
 from weightpatch.errors import InvalidInput
 from weightpatch.evaluation.generations import FastGenerations, Forced
 from weightpatch.evaluation.guessing import Guessing
-from weightpatch.evaluation.log import Log
+from weightpatch.evaluation.log import Log, digest
 from weightpatch.evaluation.metrics import Estimate, bootstrap_mean, wilson
 from weightpatch.locality import Locality
 from weightpatch.network import Network, preserved_rng
@@ -183,8 +183,8 @@ def evaluate(
         "model": fingerprint(kind.model),
         "parameters": [parameters] if isinstance(parameters, str) else list(parameters),
         "editor": repr(editor),
-        "edits": len(edits),
-        "texts": len(texts),
+        "edits": digest([_demanded(edit) for edit in edits]),
+        "texts": digest([list(texts), None if references is None else list(references)]),
         "settings": repr(dict(kind.settings)),
     }
     editor, _, network = prepared(kind.model, parameters, editor, keep)
@@ -215,6 +215,12 @@ def evaluate(
             if progress is not None:
                 progress(row)
     return GenerationReport(base, len(texts), tuple(rows))
+
+
+def _demanded(edit: Constraint) -> list[Constraint]:
+    """Return the parts of an edit, without what decodes: that is the model, which is compared by its fingerprint."""
+    parts = edit.parts if isinstance(edit, All) else (edit,)
+    return [replace(part, decode=None) if isinstance(part, Says) else part for part in parts]
 
 
 def _made(
