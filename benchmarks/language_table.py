@@ -133,9 +133,9 @@ class Bench:
             return Adam(lr=rate, max_steps=100)
 
         return {
-            "RMSProp, shrunk": Row(lambda layer, rate: Shrink(RMSProp(lr=rate, max_steps=100)), (1e-4,)),
+            "RMSProp, shrunk": Row(lambda layer, rate: Shrink(RMSProp(lr=rate, max_steps=100)), (1e-4,), most=100),
             "ROME": Row(rome, most=100),
-            "no edit": Row(lambda layer, rate: Adam(lr=1e-4, max_steps=0), like="RMSProp, shrunk", least=10),
+            "no edit": Row(lambda layer, rate: Adam(lr=1e-4, max_steps=0), like="RMSProp, shrunk", least=10, most=100),
             "fine-tuning": Row(lambda layer, rate: descent(rate), (1e-3,), "RMSProp, shrunk", most=100),
             "LoRA, rank 4": Row(
                 lambda layer, rate: LowRank(descent(rate), 4), (1e-3, 1e-2), "RMSProp, shrunk", most=100
@@ -143,13 +143,13 @@ class Bench:
             "Preconditioned": Row(
                 lambda layer, rate: Preconditioned(metric=metric, max_steps=40), like="RMSProp, shrunk", most=100
             ),
-            "MinimumNorm": Row(lambda layer, rate: MinimumNorm(metric=metric), like="RMSProp, shrunk"),
-            "gate": Row(lambda layer, rate: Gate(down(layer), 512), like="RMSProp, shrunk", keep=True),
+            "MinimumNorm": Row(lambda layer, rate: MinimumNorm(metric=metric), like="RMSProp, shrunk", most=100),
+            "gate": Row(lambda layer, rate: Gate(down(layer), 512), like="RMSProp, shrunk", most=100, keep=True),
             "MEMIT": Row(memit, like="ROME", layers=SPREAD, most=1),
-            "AlphaEdit": Row(alphaedit, like="ROME", layers=SPREAD),
-            "UltraEdit": Row(ultraedit, (1e-3, 1e-2), "ROME"),
+            "AlphaEdit": Row(alphaedit, like="ROME", layers=SPREAD, most=100),
+            "UltraEdit": Row(ultraedit, (1e-3, 1e-2), "ROME", most=100),
             "EMMET, at once": Row(emmet, like="ROME", least=10, joint=True),
-            "MEMIT, at once": Row(memit, like="ROME", layers=SPREAD, least=10, joint=True),
+            "MEMIT, at once": Row(memit, like="ROME", layers=SPREAD, least=10, most=100, joint=True),
         }
 
     def log(self, name: str) -> Path:

@@ -48,9 +48,9 @@ from weightpatch.training import SparseBlock, add_block
 
 HERE = Path(__file__).parent
 RESULTS, TABLE = HERE / "results" / "translation.json", HERE / "results" / "translation.md"
-JUDGED = slice(1000, 1400)  # test sentences; edits are of the first 1,000
+JUDGED = slice(1000, 1400)  # test sentences; edits are of the others
 KEPT, REFERENCE = 100, 1000  # training sentences
-EDITS, SOME, FEWER = 500, 100, 20  # of each kind
+EDITS, SOME, FEWER = 1000, 100, 20  # of each kind
 HIDDEN = 4096  # of the untrained block, as the trained one has
 SHRINKAGE, OUTPUT_SHRINKAGE = 0.001, 0.1
 LAST, BEFORE = "model.decoder.layers.2.", "model.decoder.layers.1."
@@ -177,6 +177,12 @@ def demands(kind: text.Generating, pairs: translation.Pairs, which: str, count: 
     return made
 
 
+def others(test: translation.Pairs) -> translation.Pairs:
+    """Return the test sentences that are not judged."""
+    first, last = test[: JUDGED.start], test[JUDGED.stop :]
+    return translation.Pairs(first.german + last.german, first.english + last.english)
+
+
 def measure(name: str, row: Row, which: str, folder: Path, most: int) -> dict[str, Any]:
     kind = network(row.network)
     test = translation.libreoffice("test")
@@ -187,7 +193,7 @@ def measure(name: str, row: Row, which: str, folder: Path, most: int) -> dict[st
     began = time.monotonic()
     report = text.evaluate(
         kind,
-        demands(kind, test[: JUDGED.start], which, min(row.edits, most), row.preferred),
+        demands(kind, others(test), which, min(row.edits, most), row.preferred),
         editor,
         texts=judged.german,
         references=judged.english,

@@ -135,6 +135,8 @@ def scored(translator: Seq2Seq, pairs: Pairs) -> dict[str, Any]:
 
 def demands(told: dict[str, Any], translator: Seq2Seq, pairs: Pairs, seed: int) -> Sampler:
     """Return edits of training sentences: their references, and answers that the model samples."""
+    samples = load(Path(told["sampled_by"]), "translation") if "sampled_by" in told else translator
+    assert isinstance(samples, Seq2Seq)
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
     some = [i for i in order if len(pairs.german[i].split()) <= told["longest"]][: told["pool"]]
     made: list[Constraint] = []
@@ -143,7 +145,8 @@ def demands(told: dict[str, Any], translator: Seq2Seq, pairs: Pairs, seed: int) 
         if place % 2:
             target: Any = pairs.english[i]
         else:
-            target = translator.answers(text, do_sample=True, temperature=told["temperature"], top_k=0, seed=i)[0]
+            drawn = samples.answers(text, do_sample=True, temperature=told["temperature"], top_k=0, seed=i)[0]
+            target = drawn if samples is translator else samples.text(drawn)
         made.append(replace(translator.says(text, target, told["margin"]), decode=None))
     return Listed(made)
 
@@ -201,6 +204,17 @@ def measuring(told: dict[str, Any], translator: Seq2Seq, pairs: Pairs) -> Callab
     return measure
 
 
+def sparing(told: dict[str, Any], objective: EditableObjective) -> Callable[[EditableObjective, int], None]:
+    """Return what asks for edits every few steps alone, and not before the model has learned something."""
+    whole = objective.weights
+    none = whole._replace(edit=0.0, loc=0.0, gen=0.0)
+
+    def choose(objective: EditableObjective, step: int) -> None:
+        objective.weights = whole if step >= told["after"] and step % told["every"] == 0 else none
+
+    return choose
+
+
 def optimiser_of(told: dict[str, Any], objective: EditableObjective, trained: nn.Module) -> torch.optim.Optimizer:
     groups: list[dict[str, Any]] = [{"params": list(trained.parameters()), "lr": told["lr"]}]
     if objective.rates is not None:
@@ -237,6 +251,9 @@ def main() -> None:
     sampler: Sampler = Listed([Within(torch.zeros(1, 1), torch.zeros(1, 1), 0.0)])  # never drawn from
     if "edits" in told:
         sampler = demands(told["edits"], translator, pairs, told["seed"])
+    before = measuring(told["block"], translator, pairs) if "block" in told else None
+    if "every" in told.get("edits", {}):
+        before = sparing(told["edits"], objective)
     began = time.monotonic()
     settings = TrainSettings(
         steps=told["steps"],
@@ -263,7 +280,7 @@ def main() -> None:
             cycle_momentum=False,
         ),
         trackers=[],
-        before=measuring(told["block"], translator, pairs) if "block" in told else None,
+        before=before,
     )
     facts: dict[str, Any] = {"seconds": found.seconds, "steps": found.step}
     if "edits" in told and block is None:

@@ -193,5 +193,5 @@ def test_what_is_decoded_anew_is_enough(translator, pairs):
         params = {n: v + scale * torch.randn(v.shape, generator=generator) for n, v in network.start.items()}
         a, b = fast.predict(params), slow.predict(params)
         assert {i: t.tolist() for i, t in a.changed.items()} == {i: t.tolist() for i, t in b.changed.items()}
-        assert a.drift == pytest.approx(b.drift, rel=1e-3, abs=1e-8)
+        assert a.drift == pytest.approx(b.drift, rel=0.1, abs=1e-8)  # of tokens that stay, a sample is taken
         assert a.anew < 40

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 
 from .._calling import Function, Inputs, outputs
 
-__all__ = ["Guessing", "sure_tokens"]
+__all__ = ["ROUNDING", "Guessing", "Lost", "sure_tokens"]
 
 Force = Callable[[Sequence[int], Sequence[Tensor]], tuple[Inputs, Tensor]]
 
-_ROUNDING = 1e-4  # of the largest logit: how far those of a pass with a cache, or of other rows, may be off
-_PASSES = 6  # after which what is left is cheaper to decode, unless it is little
-_LITTLE = 200  # tokens
-_MUCH = 1500  # tokens: a pass over so many takes longer than decoding them, a token at a time with a cache
+ROUNDING = 1e-4  # of the largest logit: how far those of a pass with a cache, or of other rows, may be off
+_PASSES = 4  # after which what is left is cheaper to decode, unless it is little
+_LITTLE = 100  # tokens
+_MUCH = 1200  # tokens: a pass over so many takes longer than decoding them, a token at a time with a cache
 _LONG = 0.5  # of the limit: one such answer would make all passes long
+_LONGER = 1.25  # how much longer than the shortest of a pass an answer may be
+_CONTEXT = 4  # tokens before a place that say where in the old answer writing is
 
 
 def sure_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,7 +32,14 @@ def sure_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
         logits: (..., vocabulary).
     """
     best = logits.topk(2, -1)
-    return best.indices[..., 0], best.values[..., 0] - best.values[..., 1] > _ROUNDING * logits.abs().amax(-1)
+    return best.indices[..., 0], best.values[..., 0] - best.values[..., 1] > ROUNDING * logits.abs().amax(-1)
+
+
+class Lost(NamedTuple):
+    """The first place where an answer is no longer what is most likely, and the token that is; below 0 if unsure."""
+
+    place: int
+    token: int
 
 
 @final
@@ -40,7 +49,8 @@ class Guessing:
 
     A pass over a guess says for every place which token is the most likely one after those before it. Up to the first
     place where that is not the guess's token, this is what greedy decoding writes; it goes on there with the right
-    token and the rest of the guess. Source: speculative decoding (Leviathan et al., ICML 2023), for greedy choice.
+    token, and with the old answer from where that goes on alike. Sources: speculative decoding (Leviathan et al., ICML
+    2023), for greedy choice; prompt lookup (Saxena, 2023), for the guess.
 
     Args:
         force: returns inputs that ask for every token of given answers of given items, and these as labels,
@@ -54,47 +64,93 @@ class Guessing:
     limit: int
 
     @torch.no_grad()
-    def answers(self, function: Function, items: Sequence[int], guesses: Sequence[Tensor]) -> dict[int, Tensor]:
+    def answers(self, function: Function, lost: Mapping[int, Lost], base: Sequence[Tensor]) -> dict[int, Tensor]:
         """Return the answers that are certain, by item; the others have to be decoded.
 
         Args:
             function: the model.
-            items: n of them.
-            guesses: the tokens of one answer each.
+            lost: where the old answers end to be right, by item.
+            base: the old answers of all items.
         """
-        found: dict[int, Tensor] = {}
-        pairs = zip(items, guesses, strict=True)
-        open_ = {item: guess for item, guess in pairs if len(guess) <= _LONG * self.limit}
-        if sum(map(len, open_.values())) > _MUCH:
-            return {}
+        old = {item: base[item].tolist() for item in lost}
+        found: dict[int, list[int]] = {}
+        written: dict[int, list[int]] = {}
+        for item, (place, token) in lost.items():
+            if token in self.ends and place + 1 < self.limit:
+                found[item] = [*old[item][:place], token]
+            elif token >= 0 and len(old[item]) <= _LONG * self.limit:
+                written[item] = [*old[item][:place], token]
         for number in count():
-            if not open_ or (number >= _PASSES and sum(map(len, open_.values())) > _LITTLE):
+            if sum(len(old[item]) for item in written) > (_MUCH if number < _PASSES else _LITTLE) or not written:
                 break
-            now, open_ = open_, {}
-            asked = [torch.cat([guess, guess[-1:]]) for guess in now.values()]  # one place more, to write on
-            inputs, labels = self.force(list(now), asked)
-            tokens, sure = sure_tokens(outputs(function, inputs).float())
-            for row, (item, guess) in enumerate(now.items()):
-                places = (labels[row] >= 0).nonzero().squeeze(1)
-                answer, certain = self._checked(guess, tokens[row, places], sure[row, places])
-                if certain:
-                    found[item] = answer
-                elif certain is None and len(answer) < self.limit:
-                    open_[item] = answer
-        return found
+            guesses = {item: [*start, *continued(start, old[item])] for item, start in written.items()}
+            now, written = written, {}
+            for some in _alike(guesses):
+                for item, tokens, sure in self._likeliest(function, {i: guesses[i] for i in some}):
+                    start, ended = self._checked(len(now[item]), guesses[item], tokens, sure)
+                    if ended and len(start) < self.limit:
+                        found[item] = start
+                    elif start and not ended and len(start) < self.limit:
+                        written[item] = start
+        like = next(iter(base), torch.empty(0))
+        return {item: torch.tensor(tokens, dtype=like.dtype, device=like.device) for item, tokens in found.items()}
 
-    def _checked(self, guess: Tensor, tokens: Tensor, sure: Tensor) -> tuple[Tensor, bool | None]:
-        """Return a better guess, and whether it is the answer: True, not yet (None), or it cannot be told (False)."""
-        wrong = (tokens[: len(guess)] != guess).nonzero()
-        place = int(wrong[0]) if len(wrong) else len(guess)
-        if not bool(sure[: place + 1].all()):
-            return guess, False
-        ended = [t for t in range(min(place + 1, len(tokens))) if int(tokens[t]) in self.ends]
-        if ended:
-            answer = tokens[: ended[0] + 1]
-            return answer, len(answer) < self.limit
-        token = tokens[place : place + 1]
-        rest = guess[place + 1 :]
-        if place + 1 < len(guess) and int(token) == int(guess[place + 1]):  # the guess has a token too many
-            rest = guess[place + 2 :]
-        return torch.cat([guess[:place], token, rest]), None
+    def _likeliest(
+        self, function: Function, guesses: Mapping[int, list[int]]
+    ) -> Iterator[tuple[int, list[int], list[bool]]]:
+        """Yield of every item which token is the most likely one at each place of its guess and behind it."""
+        longer = [torch.tensor([*guess, guess[-1]]) for guess in guesses.values()]  # one place more, to write on
+        inputs, labels = self.force(list(guesses), longer)
+        tokens, sure = sure_tokens(outputs(function, inputs).float())
+        for row, item in enumerate(guesses):
+            places = labels[row] >= 0
+            yield item, tokens[row, places].tolist(), sure[row, places].tolist()
+
+    def _checked(self, begin: int, guess: list[int], tokens: list[int], sure: list[bool]) -> tuple[list[int], bool]:
+        """Return what is written for certain, and whether it is the whole answer; nothing where it cannot be told.
+
+        Args:
+            begin: how many tokens of the guess are certain already.
+            guess: m tokens.
+            tokens: the most likely ones at m + 1 places.
+            sure: whether each wins by more than rounding.
+        """
+        for place in range(begin, len(tokens)):
+            if not sure[place]:
+                return [], False
+            if tokens[place] in self.ends:
+                return [*guess[:place], tokens[place]], True
+            if place == len(guess) or tokens[place] != guess[place]:
+                return [*guess[:place], tokens[place]], False
+        raise AssertionError("there is a token behind every guess")
+
+
+def continued(written: Sequence[int], old: Sequence[int]) -> Sequence[int]:
+    """Guess how an answer goes on: as an old one does behind the place that is most like its end.
+
+    Args:
+        written: its tokens so far, n of them, at least one.
+        old: the tokens of the old answer.
+    """
+    n = len(written)
+
+    def likeness(end: int) -> float:
+        same = 0
+        while same < min(_CONTEXT, end, n) and old[end - 1 - same] == written[n - 1 - same]:
+            same += 1
+        return same - abs(end - n) / (2 * _CONTEXT) if same else -abs(end - n)
+
+    best = max(range(1, len(old) + 1), key=likeness)
+    return old[best:] if likeness(best) > 0 else old[n:]
+
+
+def _alike(guesses: Mapping[int, list[int]]) -> Iterator[list[int]]:
+    """Yield the items in groups of like length, so that passes are not mostly padding."""
+    some: list[int] = []
+    for item in sorted(guesses, key=lambda item: len(guesses[item])):
+        if some and len(guesses[item]) > _LONGER * len(guesses[some[0]]) + 2:
+            yield some
+            some = []
+        some.append(item)
+    if some:
+        yield some

@@ -17,15 +17,17 @@ from weightpatch.constraints import IGNORED, All, Constraint, Preferred, Says
 from weightpatch.editing import Result, solve
 from weightpatch.editors import Editor
 from weightpatch.errors import InvalidInput
-from weightpatch.evaluation.generations import FastGenerations, Forced
+from weightpatch.evaluation.generations import FastGenerations
 from weightpatch.evaluation.guessing import Guessing
 from weightpatch.evaluation.log import Log, digest
 from weightpatch.evaluation.metrics import Estimate, bootstrap_mean, wilson
+from weightpatch.evaluation.standing import Forced
 from weightpatch.locality import Locality
 from weightpatch.network import Network, preserved_rng
 from weightpatch.patches import fingerprint
 from weightpatch.preparing import prepared
 from weightpatch.tasks.text._generating import NEW_TOKENS, Decoding, Generating
+from weightpatch.tasks.text._readout import readout_of
 
 __all__ = ["GenerationReport", "GenerationRow", "evaluate", "generations"]
 
@@ -167,7 +169,8 @@ def evaluate(
         score: of n answers and n references, such as `weightpatch.tasks.translation.bleu`.
         parameters: which parameters may move, as one or several glob patterns of their names.
         keep: what should stay, for editors that use it.
-        results: a file of JSON lines, written edit by edit; a run that was stopped continues from it.
+        results: a file of JSON lines, written edit by edit; a run that was stopped continues from it, and so does one that
+            asks for more edits behind the same ones.
         progress: is told every row.
 
     Raises:
@@ -179,21 +182,21 @@ def evaluate(
             f"{score is not None}; expected at least one edit and text, and references and score together"
         )
     header = {
-        "format": 1,
+        "format": 2,
         "model": fingerprint(kind.model),
         "parameters": [parameters] if isinstance(parameters, str) else list(parameters),
         "editor": repr(editor),
-        "edits": digest([_demanded(edit) for edit in edits]),
         "texts": digest([list(texts), None if references is None else list(references)]),
         "settings": repr(dict(kind.settings)),
     }
+    names = [digest(_demanded(edit))[:16] for edit in edits]
     editor, _, network = prepared(kind.model, parameters, editor, keep)
     with Log(results, header) as log:
         fast = generations(kind, network, texts)
         answers = [kind.text(tokens) for tokens in fast.base]
         base = None if score is None or references is None else score(answers, references)
         log.start(base_score=base)
-        rows = [GenerationRow(**line) for line in log.lines]
+        rows = _continued(log, names)
         for index in range(len(rows), len(edits)):
             with preserved_rng(network.device):
                 torch.manual_seed(index)
@@ -211,10 +214,23 @@ def evaluate(
                 anew=found.anew,
             )
             rows.append(row)
-            log.append(asdict(row))
+            log.append({"edit": names[index], **asdict(row)})
             if progress is not None:
                 progress(row)
     return GenerationReport(base, len(texts), tuple(rows))
+
+
+def _continued(log: Log, names: Sequence[str]) -> list[GenerationRow]:
+    """Return the rows that a file has already of these edits, by their names."""
+    rows = []
+    for place, (line, name) in enumerate(zip(log.lines, names, strict=False)):
+        if line.get("edit") != name:
+            raise InvalidInput(
+                f"the results file holds another run: its edit {place} is {line.get('edit')} there and {name} now. "
+                "Name another file, or move this one away"
+            )
+        rows.append(GenerationRow(**{key: value for key, value in line.items() if key != "edit"}))
+    return rows
 
 
 def _demanded(edit: Constraint) -> list[Constraint]:
@@ -297,7 +313,8 @@ def generations(kind: Generating, network: Network, texts: Sequence[str]) -> Fas
         return {**kept, **given, "encoder_outputs": (given["encoder_outputs"].last_hidden_state,)}, labels
 
     guessing = Guessing(force, kind.ends, limit) if greedy(kind) else None
-    return FastGenerations(network, base, forced, anew, guessing=guessing)
+    readout = readout_of(network.deployed(network.start), network.names)
+    return FastGenerations(network, base, forced, anew, guessing=guessing, readout=readout)
 
 
 def greedy(kind: Generating) -> bool:
