@@ -9,10 +9,12 @@ Every edit is of a test sentence, on its own: the translator is to say a transla
 does, only that the target's mean log-probability beats those of the 32 translations of a beam of the unedited model.
 Success is what the edited model really writes. The drawdown is the loss of BLEU on test sentences that no edit is of.
 `editable` is the plain translator with the sparse block that examples/translator/editable.toml trained for edits,
-`untrained block` one as wide that is only fitted; without an edit both translate as the plain one does. `last layer
-trained` is examples/translator/last-layer.toml, which is not shipped: train it first. Metrics are two-sided, of 1,000
-training pairs; gates go by the translations of 100 others. Learning rates are one setting each; --tune prints what
-others do to 30 validation sentences.
+`untrained block` one as wide that is only fitted; without an edit both translate as the plain one does. Not shipped, to
+be trained first: `last layer trained` is examples/translator/last-layer.toml, `from scratch` scratch.toml, to be
+compared with the plain translator after as many steps, `as many plain steps`, which is first.toml; both are edited by
+gradient descent with the rates that scratch.toml learned. Metrics are two-sided, of 1,000 training pairs; gates go by
+the translations of 100 others. Learning rates are one setting each; --tune prints what others do to 30 validation
+sentences.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ HERE = Path(__file__).parent
 RESULTS, TABLE = HERE / "results" / "translation.json", HERE / "results" / "translation.md"
 JUDGED = slice(1000, 1400)  # test sentences; edits are of the others
 KEPT, REFERENCE = 100, 1000  # training sentences
-EDITS, SOME, FEWER = 1000, 100, 20  # of each kind
+EDITS, SOME, FEWER, BEAMED = 1000, 100, 20, 8  # of each kind
 HIDDEN = 4096  # of the untrained block, as the trained one has
 SHRINKAGE, OUTPUT_SHRINKAGE = 0.001, 0.1
 LAST, BEFORE = "model.decoder.layers.2.", "model.decoder.layers.1."
@@ -66,26 +68,28 @@ class Row:
     make: Callable[[text.Generating], Editor]
     edits: int = FEWER
     preferred: bool = False
+    beams: int = 1
+
+
+TRAINED = {  # not shipped
+    "last layer trained": "translator-last-layer",
+    "from scratch": "translator-scratch",
+    "as many plain steps": "translator-first",
+}
 
 
 def network(name: str) -> text.Seq2Seq:
     """Return one of the translators."""
-    if name == "last layer trained":
-        found = text.load(HERE.parent / "runs" / "translator-last-layer" / "model", "translation")
+    if name in TRAINED:
+        found = text.load(HERE.parent / "runs" / TRAINED[name] / "model", "translation")
         assert isinstance(found, text.Seq2Seq)
         return found
     kind = translation.translator(editable=name == "editable")
     if name == "untrained block":
         pairs = translation.libreoffice("train")[:REFERENCE]
-        seen: list[torch.Tensor] = []
-        handle = kind.model.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, -2)))
-        with torch.no_grad():
-            for german, english in zip(pairs.german, pairs.english, strict=True):
-                kind.model(**kind.forced([german], [english])[0])
-        handle.remove()
         torch.manual_seed(0)
-        add_block(kind.model, "lm_head", HIDDEN, kind=SparseBlock)
-        kind.model.lm_head.block.fit(torch.cat(seen))
+        reference = kind.kept(pairs.german, pairs.english)
+        add_block(kind.model, "lm_head", HIDDEN, kind=SparseBlock, reference=reference)
     return kind
 
 
@@ -130,12 +134,14 @@ def rows() -> dict[str, Row]:
             "plain", whole, lambda kind: Shrink(RMSProp(lr=RATES["RMSProp"], max_steps=100))
         ),
         "plain, last layer, RMSProp, preferred": replace(found["plain, last layer, RMSProp"], preferred=True),
-        "last layer trained, gradient descent": Row("last layer trained", whole, lambda kind: learned()),
+        "last layer trained, gradient descent": Row(
+            "last layer trained", whole, lambda kind: learned("last layer trained")
+        ),
         "last layer trained, gradient descent, Shrink": Row(
-            "last layer trained", whole, lambda kind: Shrink(learned())
+            "last layer trained", whole, lambda kind: Shrink(learned("last layer trained"))
         ),
         "last layer trained, gradient descent, preferred": Row(
-            "last layer trained", whole, lambda kind: learned(), preferred=True
+            "last layer trained", whole, lambda kind: learned("last layer trained"), preferred=True
         ),
         "untrained block, MinimumNorm": Row("untrained block", block, lambda kind: measured(kind), SOME),
         "editable, MinimumNorm": Row("editable", block, lambda kind: measured(kind), EDITS),
@@ -143,7 +149,14 @@ def rows() -> dict[str, Row]:
             "editable", block, lambda kind: Shrink(GradientDescent(lr=RATES["block"], max_steps=100))
         ),
         "editable, MinimumNorm, preferred": Row("editable", block, lambda kind: measured(kind), preferred=True),
+        "editable, MinimumNorm, 5 beams": Row("editable", block, lambda kind: measured(kind), BEAMED, beams=5),
     }
+    dense = (f"{LAST}fc1.*", f"{LAST}fc2.*")
+    for name in ("from scratch", "as many plain steps"):
+        found |= {
+            f"{name}, gradient descent": Row(name, dense, lambda kind: learned("from scratch")),
+            f"{name}, MinimumNorm": Row(name, dense, lambda kind: MinimumNorm(metric=metric(kind, dense))),
+        }
     return found
 
 
@@ -152,9 +165,9 @@ def measured(kind: text.Generating) -> Editor:
     return translation.editor(kind, REFERENCE)
 
 
-def learned() -> Editor:
-    """Return gradient descent with the rates that training the last layer came to."""
-    told = json.loads((HERE.parent / "runs" / "translator-last-layer" / "result.json").read_text())
+def learned(name: str) -> Editor:
+    """Return gradient descent with the rates that training came to."""
+    told = json.loads((HERE.parent / "runs" / TRAINED[name] / "result.json").read_text())
     return GradientDescent(lr=told["lr"], max_steps=50)
 
 
@@ -185,6 +198,8 @@ def others(test: translation.Pairs) -> translation.Pairs:
 
 def measure(name: str, row: Row, which: str, folder: Path, most: int) -> dict[str, Any]:
     kind = network(row.network)
+    if row.beams > 1:
+        kind = replace(kind, settings={**kind.settings, "num_beams": row.beams})
     test = translation.libreoffice("test")
     editor, judged = row.make(kind), test[JUDGED]
     # what is kept would be measured after every edit: given where an editor goes by it

@@ -174,15 +174,10 @@ def objective_of(told: dict[str, Any], model: nn.Module) -> EditableObjective:
 
 def with_block(told: dict[str, Any], translator: Seq2Seq, pairs: Pairs) -> nn.Module:
     """Put a sparse block before the readout, fitted to training pairs; all that trains is its inner layer."""
-    model, seen = translator.model, list[Tensor]()
-    handle = model.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, -2)))
-    with torch.no_grad():
-        for german, english in zip(pairs.german, pairs.english, strict=True):
-            model(**translator.forced([german], [english])[0])
-    handle.remove()
-    add_block(model, "lm_head", told["hidden"], kind=SparseBlock)
-    block = model.lm_head.block
-    block.fit(torch.cat(seen), told["threshold"], told["shrinkage"])
+    model: Any = translator.model
+    keep = translator.kept(pairs.german, pairs.english)
+    add_block(model, "lm_head", told["hidden"], kind=SparseBlock, reference=keep)
+    block: nn.Module = model.lm_head.block
     model.requires_grad_(False)
     block.requires_grad_(True)
     return block

@@ -116,6 +116,28 @@ def same(answers, references):
     return 100 * sum(a == b for a, b in zip(answers, references, strict=True)) / len(answers)
 
 
+def test_a_results_file_goes_on_with_more_edits(tmp_path):
+    kind, path = made("language"), tmp_path / "rows.jsonl"
+    edits = [kind.says(TEXTS[i], torch.tensor([5, 6 + i])) for i in range(4)]
+
+    def run(some, results):
+        seen = []
+        told = {"texts": TEXTS[:6], "parameters": LAST["language"], "results": results, "progress": seen.append}
+        return text.evaluate(kind, some, RMSProp(lr=3e-3, max_steps=20), **told).rows, len(seen)
+
+    def figures(rows):
+        return [(row.index, row.steps, row.changed, row.drift) for row in rows]
+
+    whole, _ = run(edits, None)
+    assert run(edits[:2], path)[1] == 2
+    rows, made_now = run(edits, path)
+    assert made_now == 2 and figures(rows) == figures(whole)
+    rows, made_now = run(edits[:3], path)
+    assert made_now == 0 and figures(rows) == figures(whole[:3])
+    with pytest.raises(InvalidInput, match="its edit 1 is"):
+        run([edits[0], edits[2]], path)
+
+
 def test_a_report_says_what_a_plain_loop_finds(name, tmp_path):
     kind = made(name)
     before = copy.deepcopy(kind.model.state_dict())

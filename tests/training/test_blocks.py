@@ -11,6 +11,7 @@ from weightpatch.constraints import Classified
 from weightpatch.editors import GradientDescent
 from weightpatch.errors import InvalidInput, ShapeMismatch
 from weightpatch.evaluation import predict
+from weightpatch.locality import Locality
 from weightpatch.tasks import images
 from weightpatch.training import RandomLabels, ResidualBlock, SparseBlock, Validation, add_block
 
@@ -127,6 +128,21 @@ def test_a_sparse_block_is_fitted_to_whitened_features():
     assert answers.mean(0).sub(-1).abs().max() < 0.02  # each unit is centred, and 1 standard deviation is subtracted
     assert float(answers.std(0).mean()) == pytest.approx(1, abs=0.1)
     assert 0.1 < float((answers > 0).float().mean()) < 0.2
+
+
+def test_of_a_locality_the_positions_that_count_are_the_reference():
+    model, x = images.fashion_classifier(), images.fashion_test().images[:200]
+    counts = torch.arange(200) % 3 > 0
+    fitted = []
+    for reference in (Locality(x, counts), x[counts]):
+        copied = images.fashion_classifier()
+        torch.manual_seed(0)
+        add_block(copied, "fc", 64, kind=SparseBlock, reference=reference)
+        fitted.append(copied.fc.block.inner)
+    torch.testing.assert_close(fitted[0].weight, fitted[1].weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fitted[0].bias, fitted[1].bias, rtol=1e-4, atol=1e-4)
+    with pytest.raises(InvalidInput, match=r"a mask of \(200, 2\), and the layer has 200 inputs"):
+        add_block(model, "fc", 64, kind=SparseBlock, reference=Locality(x, torch.ones(200, 2, dtype=torch.bool)))
 
 
 def test_a_gradient_step_moves_others_by_the_cosine_of_their_codes():

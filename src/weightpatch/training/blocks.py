@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .._calling import Inputs
 from ..errors import InvalidInput
 from ..evaluation import predict
+from ..locality import Locality
 from .validation import answering
 
 __all__ = ["ResidualBlock", "SparseBlock", "add_block"]
@@ -98,7 +99,12 @@ Block: TypeAlias = "type[ResidualBlock] | type[SparseBlock]"
 
 
 def add_block(
-    model: nn.Module, before: str, hidden: int = 4096, *, kind: Block = ResidualBlock, reference: Inputs | None = None
+    model: nn.Module,
+    before: str,
+    hidden: int = 4096,
+    *,
+    kind: Block = ResidualBlock,
+    reference: Inputs | Locality | None = None,
 ) -> str:
     """Put a block before a linear layer of the model, in place; the model answers as before, bit for bit.
 
@@ -110,7 +116,8 @@ def add_block(
         before: the layer's name, such as "fc".
         hidden: the width of the block's inner layer.
         kind: the block.
-        reference: inputs of the model, to whose features a `SparseBlock` is fitted; a few thousand are enough.
+        reference: inputs of the model, to whose features a `SparseBlock` is fitted; a few thousand are enough. Of a
+            `Locality` only the positions that count are taken: of a sequence model, `kind.kept(texts, answers)`.
 
     Returns:
         What edits should move, as a glob for `parameters=`.
@@ -146,9 +153,10 @@ def _linear(model: nn.Module, before: str) -> nn.Linear:
     raise InvalidInput(f"add_block was given before={before!r}; the model's linear layers are {', '.join(near)}")
 
 
-def _features(model: nn.Module, head: nn.Linear, inputs: Inputs) -> Tensor:
+def _features(model: nn.Module, head: nn.Linear, reference: Inputs | Locality) -> Tensor:
     """Return what the head is given for these inputs, by the model in evaluation mode, (n, width)."""
     seen: list[Tensor] = []
+    inputs, mask = (reference.inputs, reference.mask) if isinstance(reference, Locality) else (reference, None)
 
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:
         seen.append(args[0].detach().flatten(0, -2))
@@ -161,4 +169,12 @@ def _features(model: nn.Module, head: nn.Linear, inputs: Inputs) -> Tensor:
         handle.remove()
     if not seen:
         raise InvalidInput("the model does not call the layer before which the block is to be put")
-    return torch.cat(seen)
+    found = torch.cat(seen)
+    if mask is None:
+        return found
+    if mask.numel() != len(found):
+        raise InvalidInput(
+            f"add_block was given a mask of {tuple(mask.shape)}, and the layer has {len(found)} inputs; expected "
+            "as many"
+        )
+    return found[mask.flatten()]

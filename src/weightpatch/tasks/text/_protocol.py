@@ -169,8 +169,8 @@ def evaluate(
         score: of n answers and n references, such as `weightpatch.tasks.translation.bleu`.
         parameters: which parameters may move, as one or several glob patterns of their names.
         keep: what should stay, for editors that use it.
-        results: a file of JSON lines, written edit by edit; a run that was stopped continues from it, and so does one that
-            asks for more edits behind the same ones.
+        results: a file of JSON lines, written edit by edit; a run that was stopped continues from it, and so does one
+            that asks for more edits behind the same ones.
         progress: is told every row.
 
     Raises:
