@@ -137,9 +137,21 @@ class Capped(nn.Module):
         return 5 * torch.tanh(self.whole(**inputs).logits / 5)
 
 
-def test_logits_that_are_not_linear_are_looked_at():
+class Other(Capped):
+    """One whose base model is called in another way."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.base_model = nn.Identity()
+
+    def forward(self, **inputs):
+        return self.whole(**inputs).logits
+
+
+@pytest.mark.parametrize("kind", [Capped, Other])
+def test_logits_that_are_not_linear_in_known_states_are_looked_at(kind):
     model, _, forced = views("language")
-    capped = Capped(model).eval()
+    capped = kind(model).eval()
     network = Network(capped, "whole.transformer.h.1.mlp.c_proj.*")
     assert readout_of(capped, network.names) is not None
     assert isinstance(standing_of(network, forced, readout_of(capped, network.names)), ByLogits)

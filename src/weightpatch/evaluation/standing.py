@@ -234,7 +234,7 @@ def standing_of(network: Network, forced: Sequence[Forced], readout: Readout | N
     view = Network(readout.states, [escape(f"{readout.prefix}{name}") for name in network.names])
     try:
         return ByStates(view, forced, readout, logits)
-    except ValueError:
+    except Exception:  # not linear in the states, or they are had in another way: logits always serve
         return ByLogits(network, forced)
 
 
