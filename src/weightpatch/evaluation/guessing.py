@@ -83,7 +83,9 @@ class Guessing:
         for number in count():
             if sum(len(old[item]) for item in written) > (_MUCH if number < _PASSES else _LITTLE) or not written:
                 break
-            guesses = {item: [*start, *continued(start, old[item])] for item, start in written.items()}
+            guesses = {
+                item: [*start, *continued(start, old[item])][: self.limit - 1] for item, start in written.items()
+            }
             now, written = written, {}
             for some in _alike(guesses):
                 for item, tokens, sure in self._likeliest(function, {i: guesses[i] for i in some}):
