@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._calling import Params
 from ..network import Network
 from .guessing import Guessing
-from .standing import Forced, Readout, asked, divergence, standing_of
+from .standing import Forced, Readout, asked, mean_divergence, standing_of
 
 __all__ = ["FastGenerations", "Generated", "Generations", "SlowGenerations"]
 
@@ -67,13 +67,13 @@ class SlowGenerations(Generations):
     def __init__(self, network: Network, base: Sequence[Tensor], forced: Sequence[Forced], generate: Generate) -> None:
         super().__init__(network, base, forced, generate)
         with network.isolated(), torch.no_grad():
-            self._before = [asked(network.full(network.start), batch).log_softmax(-1) for batch in forced]
+            self._before = [asked(network.full(network.start), batch) for batch in forced]
 
     def predict(self, params: Params) -> Generated:
         """Generate every item anew."""
         with self._network.isolated(), torch.no_grad():
             function = self._network.full(params)
-            drift = divergence(self._before, [asked(function, batch) for batch in self._forced])
+            drift = mean_divergence(self._before, [asked(function, batch) for batch in self._forced])
             items = range(len(self.base))
             return Generated(self._anew(params, items), drift, len(items))
 

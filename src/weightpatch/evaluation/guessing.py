@@ -88,23 +88,22 @@ class Guessing:
             }
             now, written = written, {}
             for some in _alike(guesses):
-                for item, tokens, sure in self._likeliest(function, {i: guesses[i] for i in some}):
+                asked = {i: base[i].new_tensor([*guesses[i], guesses[i][-1]]) for i in some}  # one more, to write on
+                for item, tokens, sure in self._likeliest(function, asked):
                     start, ended = self._checked(len(now[item]), guesses[item], tokens, sure)
                     if ended and len(start) < self.limit:
                         found[item] = start
                     elif start and not ended and len(start) < self.limit:
                         written[item] = start
-        like = next(iter(base), torch.empty(0))
-        return {item: torch.tensor(tokens, dtype=like.dtype, device=like.device) for item, tokens in found.items()}
+        return {item: base[item].new_tensor(tokens) for item, tokens in found.items()}
 
     def _likeliest(
-        self, function: Function, guesses: Mapping[int, list[int]]
+        self, function: Function, asked: Mapping[int, Tensor]
     ) -> Iterator[tuple[int, list[int], list[bool]]]:
-        """Yield of every item which token is the most likely one at each place of its guess and behind it."""
-        longer = [torch.tensor([*guess, guess[-1]]) for guess in guesses.values()]  # one place more, to write on
-        inputs, labels = self.force(list(guesses), longer)
+        """Yield of every item which token is the most likely one at each place asked for, and whether for sure."""
+        inputs, labels = self.force(list(asked), list(asked.values()))
         tokens, sure = sure_tokens(outputs(function, inputs).float())
-        for row, item in enumerate(guesses):
+        for row, item in enumerate(asked):
             places = labels[row] >= 0
             yield item, tokens[row, places].tolist(), sure[row, places].tolist()
 

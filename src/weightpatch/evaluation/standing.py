@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from .._calling import Function, Inputs, Params, outputs
+from ..locality import divergence
 from ..network import Network
 from .guessing import ROUNDING, Lost, sure_tokens
 
-__all__ = ["ByLogits", "ByStates", "Forced", "Readout", "Standing", "asked", "divergence", "standing_of"]
+__all__ = ["ByLogits", "ByStates", "Forced", "Readout", "Standing", "asked", "mean_divergence", "standing_of"]
 
 _SAMPLED = 1024  # tokens, of those that surely stay, on which the divergence is measured
 _AT_ONCE = 2**23  # logits
@@ -88,7 +89,7 @@ class ByLogits(Standing):
         with network.isolated(), torch.no_grad():
             for batch in forced:
                 recording = network.record(batch.inputs)
-                self._before.append(_picked(recording.output, batch).log_softmax(-1))
+                self._before.append(_picked(recording.output, batch))
                 recording.output = None
                 self._recordings.append(recording)
 
@@ -98,7 +99,7 @@ class ByLogits(Standing):
         for batch, recording in zip(self._forced, self._recordings, strict=True):
             logits.append(_picked(self._network.run(params, recording), batch))
             _note(lost, batch.places, logits[-1], batch.labels[batch.labels >= 0])
-        return dict(sorted(lost.items())), divergence(self._before, logits)
+        return dict(sorted(lost.items())), mean_divergence(self._before, logits)
 
 
 @final
@@ -197,8 +198,7 @@ class ByStates(Standing):
         return total
 
     def _divergences(self, some: Tensor, after: Tensor) -> Tensor:
-        before = (self._before[some] @ self._weight.T + self._bias).log_softmax(-1)
-        return (before.exp() * (before - after.log_softmax(-1))).sum(-1)
+        return divergence(self._before[some] @ self._weight.T + self._bias, after)
 
     def _parts(self, some: Tensor) -> list[Tensor]:
         size = max(1, _AT_ONCE // len(self._weight))
@@ -243,17 +243,15 @@ def asked(function: Function, batch: Forced) -> Tensor:
     return outputs(function, batch.inputs)[batch.labels >= 0].float()
 
 
-def divergence(before: Sequence[Tensor], logits: Sequence[Tensor]) -> float:
+def mean_divergence(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     """Return the mean KL(before || after) of a token, nats; 0 where there is none.
 
     Args:
-        before: log-probabilities, (tokens, vocabulary) of each batch.
-        logits: those after.
+        before: logits, (tokens, vocabulary) of each batch.
+        after: the same of an edited model.
     """
-    total = sum(
-        float((old.exp() * (old - new.log_softmax(-1))).sum(dtype=torch.float64))
-        for old, new in zip(before, logits, strict=True)
-    )
+    pairs = zip(before, after, strict=True)
+    total = sum(float(divergence(old, new).sum(dtype=torch.float64)) for old, new in pairs)
     return total / max(1, sum(map(len, before)))  # none where every token is forced
 
 
