@@ -234,7 +234,7 @@ def _solve(network: Network, bound: Constraint, editor: Editor, keep: Locality |
         )
         now = network.rounded(network.start)
         return Solved(result, now, 0, before, before, drift, bound, refined=refined)
-    found = editor.run(Problem(network.start, network.at, bound, keep, network.narrow))
+    found = editor.run(Problem(network.start, network.at, bound, keep, network.narrow, network.given))
     if found.params.keys() != network.start.keys():
         raise InvalidInput(f"{editor!r} returned parameters {sorted(found.params)}; expected {sorted(network.start)}")
     facts = (found.certificate, found.attempts, found.within)

@@ -54,14 +54,14 @@ class Locality:
         if reference is None:
             with torch.no_grad():
                 reference = outputs(before, self.inputs).detach()
-        kl = divergence(reference, outputs(after, self.inputs))
-        if self.mask is None:
-            return kl.mean()
-        if self.mask.shape != kl.shape:
-            raise ShapeMismatch(
-                f"Locality was given a mask of shape {tuple(self.mask.shape)}; expected {tuple(kl.shape)}"
-            )
-        return kl[self.mask].mean()
+        answers = outputs(after, self.inputs)
+        if self.mask is not None and reference.shape == answers.shape:
+            if self.mask.shape != answers.shape[:-1]:
+                raise ShapeMismatch(
+                    f"Locality was given a mask of shape {tuple(self.mask.shape)}; expected {tuple(answers.shape[:-1])}"
+                )
+            reference, answers = reference[self.mask], answers[self.mask]
+        return divergence(reference, answers).mean()
 
 
 def divergence(before: Tensor, after: Tensor) -> Tensor:

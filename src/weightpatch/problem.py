@@ -10,7 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ._calling import Function, Params, call
+from ._calling import Function, Inputs, Params, call
 from .constraints import Constraint
 from .errors import InvalidInput
 from .locality import Locality
@@ -29,6 +29,7 @@ class Problem:
         constraint: what must hold, already bound to today's answers.
         keep: what should stay, or None.
         narrow: the model with some of these parameters, given their names: a faster `at` for fewer; or None.
+        given: what a layer with slots is given by the unedited model for a batch, kept from edit to edit; or None.
     """
 
     start: Params
@@ -36,6 +37,7 @@ class Problem:
     constraint: Constraint
     keep: Locality | None = None
     narrow: Callable[[Sequence[str]], Callable[[Params], Function]] | None = None
+    given: Callable[[str, Inputs], Tensor] | None = None
 
     def part(self, names: Sequence[str], start: Params | None = None) -> Problem:
         """Return the problem in which only some parameters may move.
@@ -48,7 +50,7 @@ class Problem:
         free = {name: whole[name] for name in names}
         if start is None and self.narrow is not None:
             return replace(self, start=free, at=self.narrow(names))
-        return replace(self, start=free, at=lambda params: self.at({**whole, **params}), narrow=None)
+        return replace(self, start=free, at=lambda params: self.at({**whole, **params}), narrow=None, given=None)
 
     def violation(self, params: Params) -> Tensor:
         """Return l_e(params), one number per demand, shape (n,)."""

@@ -9,9 +9,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from .._calling import Params, call
+from .._calling import Params
 from ..errors import InvalidInput
-from ..network import GATE, noted
+from ..network import GATE, given, noted
 from ..problem import Problem
 from .base import Editor, Solution
 from .minimum_norm import MinimumNorm
@@ -62,20 +62,20 @@ class Gate(Editor):
         if keys not in start:
             raise InvalidInput(f"the model has no slots for {self!r}: pass the gate itself, or Auto, as the editor")
         with torch.no_grad():
-            given, violation, places = _given(problem, start, self.layer)
+            own, violation, places = _given(problem, start, self.layer)
             bad = violation > 0
-            stays = torch.ones(len(given), dtype=torch.bool)
+            stays = torch.ones(len(own), dtype=torch.bool)
             stays[list(places.values())] = False
-            around = [given[stays]] if problem.keep is None else [given[stays], _kept(problem, self.layer)]
+            around = [own[stays]] if problem.keep is None else [own[stays], _kept(problem, self.layer)]
             book = _Book(start[keys].clone(), start[radii].clone(), torch.cat(around), self.share)
             for demand, place in places.items():
-                enlarged = book.enlarged(given[place])
+                enlarged = book.enlarged(own[place])
                 if enlarged is not None:
                     tried = problem.violation({**start, keys: book.keys, radii: enlarged})
                     if float(tried[demand]) <= 0 and not bool(((tried > 0) & ~bad).any()):
                         book.radii = enlarged
                         continue
-                if not book.holds(given[place]) and not book.add(given[place]):
+                if not book.holds(own[place]) and not book.add(own[place]):
                     return Solution(start, 0)
             moved = {**start, keys: book.keys, radii: book.radii}
         found = self.editor.run(problem.part([values], moved))
@@ -123,12 +123,12 @@ class _Book:
         used = (self.radii >= 0).nonzero().squeeze(1)
         if not len(used):
             return None
-        least, place = (self.keys[used] - key).norm(dim=1).min(0)
+        least, place = _distances(self.keys[used], key).min(0)
         return int(used[place]), float(least)
 
     def _reach(self, key: Tensor) -> float:
         """Return how large a ball may be: a share of the distance to the nearest other input that stays."""
-        distances = (self._around - key).norm(dim=1)
+        distances = _distances(self._around, key)
         others = distances[distances > _tolerance(key) * float(key.norm())]
         return self._share * float(others.min()) if len(others) else 0.0
 
@@ -160,11 +160,15 @@ def _given(problem: Problem, params: Params, layer: str) -> tuple[Tensor, Tensor
 
 def _kept(problem: Problem, layer: str) -> Tensor:
     assert problem.keep is not None
-    function = problem.at(problem.start)
-    call(function, problem.keep.inputs)
-    with noted(layer) as seen:
-        call(function, problem.keep.inputs)
-    return _flat(seen)
+    if problem.given is not None:
+        return problem.given(layer, problem.keep.inputs)
+    return given(problem.at(problem.start), layer, problem.keep.inputs)
+
+
+def _distances(points: Tensor, key: Tensor) -> Tensor:
+    exact = "donot_use_mm_for_euclid_dist"  # products would round small distances away
+    dtype = torch.promote_types(key.dtype, torch.float32)
+    return torch.cdist(points.to(dtype), key[None].to(dtype), compute_mode=exact).squeeze(1)
 
 
 def _flat(seen: list[Tensor]) -> Tensor:

@@ -19,8 +19,7 @@ Force = Callable[[Sequence[int], Sequence[Tensor]], tuple[Inputs, Tensor]]
 ROUNDING = 1e-4  # of the largest logit: how far those of a pass with a cache, or of other rows, may be off
 _PASSES = 4  # after which what is left is cheaper to decode, unless it is little
 _LITTLE = 100  # tokens
-_MUCH = 1200  # tokens: a pass over so many takes longer than decoding them, a token at a time with a cache
-_LONG = 0.5  # of the limit: one such answer would make all passes long
+_MUCH = 400  # tokens: a pass over so many takes longer than decoding them, a token at a time with a cache
 _LONGER = 1.25  # how much longer than the shortest of a pass an answer may be
 _CONTEXT = 4  # tokens before a place that say where in the old answer writing is
 
@@ -56,12 +55,14 @@ class Guessing:
         force: returns inputs that ask for every token of given answers of given items, and these as labels,
             (n, length), below 0 where nothing is asked.
         ends: the tokens that end an answer.
-        limit: how many tokens an answer may have; items that reach it are not decided here.
+        limit: how many tokens an answer may have.
+        last: the last one of an answer as long as that, whatever is likely; None where it is not forced.
     """
 
     force: Force
     ends: Collection[int]
     limit: int
+    last: int | None = None
 
     @torch.no_grad()
     def answers(self, function: Function, lost: Mapping[int, Lost], base: Sequence[Tensor]) -> dict[int, Tensor]:
@@ -76,10 +77,9 @@ class Guessing:
         found: dict[int, list[int]] = {}
         written: dict[int, list[int]] = {}
         for item, (place, token) in lost.items():
-            if token in self.ends and place + 1 < self.limit:
-                found[item] = [*old[item][:place], token]
-            elif token >= 0 and len(old[item]) <= _LONG * self.limit:
-                written[item] = [*old[item][:place], token]
+            if token >= 0:
+                ended = token in self.ends or place + 1 == self.limit
+                (found if ended else written)[item] = [*old[item][:place], token]
         for number in count():
             if sum(len(old[item]) for item in written) > (_MUCH if number < _PASSES else _LITTLE) or not written:
                 break
@@ -91,10 +91,8 @@ class Guessing:
                 asked = {i: base[i].new_tensor([*guesses[i], guesses[i][-1]]) for i in some}  # one more, to write on
                 for item, tokens, sure in self._likeliest(function, asked):
                     start, ended = self._checked(len(now[item]), guesses[item], tokens, sure)
-                    if ended and len(start) < self.limit:
-                        found[item] = start
-                    elif start and not ended and len(start) < self.limit:
-                        written[item] = start
+                    if start:
+                        (found if ended else written)[item] = start
         return {item: base[item].new_tensor(tokens) for item, tokens in found.items()}
 
     def _likeliest(
@@ -117,9 +115,12 @@ class Guessing:
             sure: whether each wins by more than rounding.
         """
         for place in range(begin, len(tokens)):
+            longest = place + 1 == self.limit
+            if longest and self.last is not None:
+                return [*guess[:place], self.last], True
             if not sure[place]:
                 return [], False
-            if tokens[place] in self.ends:
+            if tokens[place] in self.ends or longest:
                 return [*guess[:place], tokens[place]], True
             if place == len(guess) or tokens[place] != guess[place]:
                 return [*guess[:place], tokens[place]], False

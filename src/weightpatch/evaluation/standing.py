@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from .guessing import ROUNDING, Lost, sure_tokens
 
 __all__ = ["ByLogits", "ByStates", "Forced", "Readout", "Standing", "asked", "mean_divergence", "standing_of"]
 
-_SAMPLED = 1024  # tokens, of those that surely stay, on which the divergence is measured
+_SAMPLED = 1024  # tokens, of those that moved, on which the divergence is measured
 _AT_ONCE = 2**23  # logits
 
 
@@ -108,10 +109,10 @@ class ByStates(Standing):
 
     A state that moves by d changes the lead of its token over another by at most ``|d| |w - w'|``, with the readout's
     rows of the two (Cauchy–Schwarz); so there is a radius within which the token surely stays, found once; one that
-    does not move at all keeps its token, however narrowly that wins. The divergence is exact where logits are computed,
-    and estimated elsewhere: at first it is ``dᵀ C d / 2``, with C the covariance of the readout's rows under a token's
-    distribution, so that 1,024 tokens are drawn in proportion to |d|² tr C, and weighted accordingly; of fewer it is
-    exact.
+    does not move at all keeps its token, however narrowly that wins. The divergence of many tokens is estimated on
+    1,024 of those that moved. At first it is ``dᵀ C d / 2``, with C the covariance of the readout's rows under a
+    token's distribution, and it grows no faster than |d| later on, so that half of them are drawn in proportion to
+    |d|² tr C, a quarter to |d| and a quarter alike, and all are weighted accordingly; of fewer it is exact.
 
     Args:
         states: a view of the model up to its readout.
@@ -173,20 +174,27 @@ class ByStates(Standing):
         states = torch.cat([_picked(self._states.run(named, recording), batch) for batch, recording in answers])
         far = (states - self._before).norm(dim=1)
         safe = (far < self._radius) | (far == 0)  # never with NaN
-        lost, total = dict[int, Lost](), 0.0
+        lost = dict[int, Lost]()
         for some in self._parts((~safe).nonzero().squeeze(1)):
             logits = states[some] @ self._weight.T + self._bias
             _note(lost, [self._places[i] for i in some.tolist()], logits, self._labels[some])
-            total += float(self._divergences(some, logits).sum(dtype=torch.float64))
-        return dict(sorted(lost.items())), (total + self._safe_divergence(safe, states, far)) / max(1, len(states))
+        return dict(sorted(lost.items())), self._divergence(states, far) / max(1, len(states))
 
-    def _safe_divergence(self, safe: Tensor, states: Tensor, far: Tensor) -> float:
-        """Return the divergence of all tokens that surely stay, added up."""
-        some = (safe & (far > 0)).nonzero().squeeze(1)
+    def _divergence(self, states: Tensor, far: Tensor) -> float:
+        """Return the divergence of all tokens, added up.
+
+        Args:
+            states: of the edited model, (tokens, width).
+            far: how far each has moved, (tokens,).
+        """
+        if not bool(far.isfinite().all()):
+            return math.nan
+        some = (far > 0).nonzero().squeeze(1)
         weight = torch.ones(len(some), dtype=torch.float64, device=far.device)
         if len(some) > _SAMPLED:
-            chance = far[some].double().square() * self._spread[some]
-            chance /= chance.sum()
+            length = far[some].double()
+            likely = length.square() * self._spread[some]
+            chance = likely / (2 * likely.sum()) + length / (4 * length.sum()) + 1 / (4 * len(some))
             seed = int(far.sum(dtype=torch.float64).view(torch.int64)) >> 1  # another one for each edit
             generator = torch.Generator().manual_seed(seed)
             drawn = torch.multinomial(chance.cpu(), _SAMPLED, True, generator=generator).to(some.device)

@@ -6,7 +6,7 @@ from .live import LiveNetwork
 from .network import Network
 from .passes import Recording
 from .scope import ParameterRow, check_finite, explain, select
-from .slots import GATE, noted, with_slots
+from .slots import GATE, given, noted, with_slots
 from .taps import Seen, moved, tapped, with_taps
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Seen",
     "check_finite",
     "explain",
+    "given",
     "moved",
     "noted",
     "preserved_rng",

@@ -19,8 +19,10 @@ from .clone import structural_clone
 from .isolation import isolated
 from .live import arguments
 from .passes import Recording
+from .recordings import Mark, marked, unchanged
 from .replay import Call, Replayer
 from .scope import select
+from .slots import given
 
 __all__ = ["Network"]
 
@@ -60,6 +62,7 @@ class Network:
         self._replayer = Replayer(clone, rounded, replay=replay)
         self._weights = self._replayer.shared
         self._versions = _versions(self._weights)
+        self._given: dict[str, tuple[list[Mark], Tensor]] = {}
         self._normal: list[tuple[weakref.ref[Tensor], Tensor]] = []
         self._before = self.at(self.start)
 
@@ -117,7 +120,7 @@ class Network:
         self._check(params)
         view = copy.copy(self)
         view.start = {name: value.detach().to(self.start[name].dtype) for name, value in params.items()}
-        view._before = view.at(view.start)
+        view._before, view._given = view.at(view.start), {}
         return view
 
     def narrow(self, names: Sequence[str]) -> Callable[[Params], Function]:
@@ -161,6 +164,20 @@ class Network:
             raise InvalidInput("the inputs of the recording were changed in place since; record them again")
         with _outside_inference():
             return self._replayer.replay(self._cast(params), recording, recording.inputs)
+
+    def given(self, layer: str, inputs: Inputs) -> Tensor:
+        """Return what a layer with slots is given by the unedited model, (n, width); kept for the last batch asked for.
+
+        Args:
+            layer: its name.
+            inputs: one batch.
+        """
+        tensors = [leaf for leaf in pytree.tree_leaves(arguments(inputs)) if isinstance(leaf, Tensor)]
+        marks, found = self._given.get(layer, ([], None))
+        if found is None or not unchanged(marks, tensors):
+            found = given(self.before, layer, inputs)
+            self._given[layer] = marked(tensors), found
+        return found
 
     def isolated(self) -> AbstractContextManager[None]:
         """Surround a search: gradients on, inference mode off, and random generators put back at the end."""

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from .passes import Recording
 
-__all__ = ["Recordings"]
+__all__ = ["Mark", "Recordings", "marked", "unchanged"]
+
+Mark = tuple[weakref.ref[Tensor], int]  # a tensor, held weakly, and its version
 
 
 class Recordings:
@@ -20,7 +22,7 @@ class Recordings:
 
     def __init__(self, capacity: int = 8) -> None:
         self._capacity, self._misses = capacity, 0
-        self._kept: OrderedDict[Any, tuple[list[tuple[weakref.ref[Tensor], int]], Recording | None]] = OrderedDict()
+        self._kept: OrderedDict[Any, tuple[list[Mark], Recording | None]] = OrderedDict()
 
     def key(self, tensors: Sequence[Tensor], rest: list[Any], device: torch.device) -> Any:
         """Identify a batch: which tensors, in what structure, under which autocast."""
@@ -29,8 +31,8 @@ class Recordings:
 
     def find(self, key: Any, tensors: Sequence[Tensor]) -> Recording | None:
         """Return the recording of these very tensors, unless one of them was changed since."""
-        refs, recording = self._kept.get(key, ((), None))
-        if recording is None or not self._same(refs, tensors):
+        marks, recording = self._kept.get(key, ((), None))
+        if recording is None or not unchanged(marks, tensors):
             return None
         self._kept.move_to_end(key)
         self._misses = 0
@@ -41,7 +43,7 @@ class Recordings:
         self._misses += 1
         if self._misses <= self._capacity:
             return True
-        again = key in self._kept and self._same(self._kept[key][0], tensors)
+        again = key in self._kept and unchanged(self._kept[key][0], tensors)
         if not again:
             self._put(key, tensors, None)
         return again
@@ -51,13 +53,19 @@ class Recordings:
         self._put(key, tensors, recording)
 
     def _put(self, key: Any, tensors: Sequence[Tensor], recording: Recording | None) -> None:
-        self._kept[key] = ([(weakref.ref(tensor), tensor._version) for tensor in tensors], recording)
+        self._kept[key] = (marked(tensors), recording)
         self._kept.move_to_end(key)
         while len(self._kept) > self._capacity:
             self._kept.popitem(last=False)
 
-    @staticmethod
-    def _same(refs: Sequence[tuple[weakref.ref[Tensor], int]], tensors: Sequence[Tensor]) -> bool:
-        return len(refs) == len(tensors) and all(
-            ref() is tensor and tensor._version == version for (ref, version), tensor in zip(refs, tensors, strict=True)
-        )
+
+def marked(tensors: Sequence[Tensor]) -> list[Mark]:
+    """Return what `unchanged` knows tensors by."""
+    return [(weakref.ref(tensor), tensor._version) for tensor in tensors]
+
+
+def unchanged(marks: Sequence[Mark], tensors: Sequence[Tensor]) -> bool:
+    """Say whether these are the very tensors that were marked, and as they were."""
+    return len(marks) == len(tensors) and all(
+        ref() is tensor and tensor._version == version for (ref, version), tensor in zip(marks, tensors, strict=True)
+    )

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .._calling import Function, Inputs, call
 from ..errors import InvalidInput
 from ..gates import KEY, gate_of, gated
 from .clone import structural_clone
 
-__all__ = ["GATE", "noted", "with_slots"]
+__all__ = ["GATE", "given", "noted", "with_slots"]
 
 GATE = "gate"  # the parameters are {layer}.gate.keys, .radii and .values
 _SEEN: ContextVar[tuple[str, list[Tensor], list[Tensor] | None] | None] = ContextVar("seen", default=None)
@@ -117,3 +118,18 @@ def noted(layer: str, answers: list[Tensor] | None = None) -> Iterator[list[Tens
         yield seen
     finally:
         _SEEN.reset(token)
+
+
+@torch.no_grad()
+def given(function: Function, layer: str, inputs: Inputs) -> Tensor:
+    """Return what a layer with slots is given for a batch, (n, width).
+
+    Args:
+        function: the model.
+        layer: its name.
+        inputs: one batch.
+    """
+    call(function, inputs)  # a first pass may be run several times, to be recorded
+    with noted(layer) as seen:
+        call(function, inputs)
+    return torch.cat([part.flatten(0, -2) for part in seen])

@@ -26,7 +26,7 @@ from weightpatch.locality import Locality
 from weightpatch.network import Network, preserved_rng
 from weightpatch.patches import fingerprint
 from weightpatch.preparing import prepared
-from weightpatch.tasks.text._generating import NEW_TOKENS, Decoding, Generating
+from weightpatch.tasks.text._generating import Decoding, Generating
 from weightpatch.tasks.text._readout import readout_of
 
 __all__ = ["GenerationReport", "GenerationRow", "evaluate", "generations"]
@@ -191,6 +191,8 @@ def evaluate(
     }
     names = [digest(_demanded(edit))[:16] for edit in edits]
     editor, _, network = prepared(kind.model, parameters, editor, keep)
+    if keep is not None and keep.answers is None:
+        keep = keep.bind(network.before)  # once for all edits
     with Log(results, header) as log:
         fast = generations(kind, network, texts)
         answers = [kind.text(tokens) for tokens in fast.base]
@@ -281,7 +283,7 @@ def generations(kind: Generating, network: Network, texts: Sequence[str]) -> Fas
     """
     base = kind.generate(texts)
     config: Any = kind.model.generation_config
-    limit, last = int(kind.settings.get("max_new_tokens", NEW_TOKENS)), config.forced_eos_token_id
+    limit, last = kind.limit, config.forced_eos_token_id
     order = sorted(range(len(texts)), key=lambda i: len(base[i]))
     forced, begun = [], 0
     while begun < len(order):
@@ -312,7 +314,7 @@ def generations(kind: Generating, network: Network, texts: Sequence[str]) -> Fas
         kept = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
         return {**kept, **given, "encoder_outputs": (given["encoder_outputs"].last_hidden_state,)}, labels
 
-    guessing = Guessing(force, kind.ends, limit) if greedy(kind) else None
+    guessing = Guessing(force, kind.ends, limit, last) if greedy(kind) else None
     readout = readout_of(network.deployed(network.start), network.names)
     return FastGenerations(network, base, forced, anew, guessing=guessing, readout=readout)
 

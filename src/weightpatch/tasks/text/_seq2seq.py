@@ -30,6 +30,11 @@ class Seq2Seq(Generating):
         start = (config.decoder_start_token_id, *(() if forced is None else (forced,)))
         return Seq2SeqFrame(start=start, pad=int(config.pad_token_id), options={"use_cache": False})
 
+    @property
+    def limit(self) -> int:
+        """How many tokens an answer may have: a forced first one, which is no part of it, counts for `generate`."""
+        return super().limit + 1 - len(self.frame.start)  # type: ignore[attr-defined]
+
     def source(self, text: str) -> dict[str, Tensor]:
         """Return `input_ids` and `attention_mask`, (1, length)."""
         found = self.tokenizer(text, return_tensors="pt")
