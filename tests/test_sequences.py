@@ -124,6 +124,17 @@ def test_what_is_generated_has_the_last_word():
     assert all(type(model) is type(kind.model) and model is not kind.model for model in calls)
 
 
+def test_after_the_first_rival_tokens_have_to_win_by_more():
+    kind = translator()
+    said = iter([[8, 9, 0], [8, 8, 0], [8, 8, 0], [5]])
+    fix = Says(kind.source("3 4"), torch.tensor([5, 6, 0]), kind.frame, 0.1, lambda model: torch.tensor(next(said)))
+    told = []
+    for _ in range(4):
+        fix = fix.refined(kind.model)
+        told.append((len(fix.rivals), round(fix.margin, 3)))
+    assert told == [(1, 0.1), (2, 0.25), (2, 0.55), (2, 1.15)]
+
+
 def test_an_edit_that_never_generates_the_answer_is_not_called_satisfied():
     kind = translator()
     fix = Says(kind.source("3 4"), torch.tensor([5, 0]), kind.frame, 0.0, lambda model: torch.tensor([8, 9, 0]))

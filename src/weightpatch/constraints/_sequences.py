@@ -21,6 +21,7 @@ from ._demands import Constraint, Piece
 __all__ = ["IGNORED", "CausalFrame", "Frame", "Preferred", "Says", "Seq2SeqFrame", "token_scores"]
 
 IGNORED = -100
+_FEW = 1  # rival, before the tokens of an answer have to win by more
 Decode = Callable[[nn.Module], Tensor]
 
 
@@ -206,9 +207,10 @@ class Says(Constraint):
             return None
         known = not len(said) or any(said.tolist() == rival.tolist() for rival in self.rivals)
         begun = said.tolist() == self.answer[: len(said)].tolist()
-        if known or begun:
-            return replace(self, margin=2 * self.margin + 0.05)
-        return replace(self, rivals=(*self.rivals, said))
+        rivals = self.rivals if known or begun else (*self.rivals, said)
+        # a beam has always one more where the answer barely wins: it runs out of them as its tokens grow likelier
+        margin = self.margin if len(self.rivals) < len(rivals) <= _FEW else 2 * self.margin + 0.05
+        return replace(self, rivals=rivals, margin=margin)
 
 
 def _logits(function: Function, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
