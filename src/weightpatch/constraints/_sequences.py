@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, final
 
 import torch
@@ -143,11 +144,16 @@ class Preferred(Constraint):
 
     def violation(self, function: Function) -> Tensor:
         """Return ``margin + s(alternative) - s(target)`` for each alternative, shape (alternatives,)."""
-        inputs, labels = self.frame.batch(self.source, (self.target, *self.over))
+        inputs, labels = self._batch
         scores = token_scores(_logits(function, inputs, labels), labels)
         scores = scores.sum(1) if self.total else scores.sum(1) / (labels != IGNORED).sum(1)
         gap = scores[1:] - scores[0]
         return gap + self.margin + torch.finfo(gap.dtype).tiny * (gap == 0).to(gap.dtype)
+
+    @cached_property
+    def _batch(self) -> tuple[dict[str, Any], Tensor]:
+        """The same tensors every time, so that passes are replayed."""
+        return self.frame.batch(self.source, (self.target, *self.over))
 
 
 @final
@@ -186,7 +192,7 @@ class Says(Constraint):
 
     def pieces(self, function: Function) -> list[Piece]:
         """Return the violations, those of tokens with what they are the largest of, shape (tokens, vocabulary)."""
-        inputs, labels = self.frame.batch(self.source, (self.answer, *self.rivals))
+        inputs, labels = self._batch
         logits = _logits(function, inputs, labels)
         asked = labels[0] != IGNORED
         wanted, at = labels[0, asked][:, None], logits[0, asked]
@@ -197,6 +203,11 @@ class Says(Constraint):
             return [tokens]
         means = token_scores(logits, labels).sum(1) / (labels != IGNORED).sum(1)
         return [tokens, Piece(means[1:] - means[0] + 0.01 * (1 + self.margin))]
+
+    @cached_property
+    def _batch(self) -> tuple[dict[str, Any], Tensor]:
+        """The same tensors every time, so that passes are replayed."""
+        return self.frame.batch(self.source, (self.answer, *self.rivals))
 
     def refined(self, model: nn.Module) -> Says | None:
         """Add what `model` generates instead as a rival, or ask for a larger margin; None where it says the answer."""
