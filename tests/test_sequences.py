@@ -15,6 +15,7 @@ import weightpatch as wp
 from weightpatch.constraints import IGNORED, All, CausalFrame, Kept, Preferred, Says, Seq2SeqFrame, token_scores
 from weightpatch.editors import MinimumNorm, RMSProp
 from weightpatch.errors import InvalidInput, ShapeMismatch
+from weightpatch.evaluation.log import digest
 from weightpatch.network import Network
 from weightpatch.tasks.text import CausalLM, Seq2Seq
 
@@ -122,6 +123,22 @@ def test_what_is_generated_has_the_last_word():
     assert [rival.tolist() for rival in found.constraint.rivals] == [[8, 9, 0]]
     assert found.constraint.margin == pytest.approx(0.25)  # [5] is only a beginning: no rival, so a larger margin
     assert all(type(model) is type(kind.model) and model is not kind.model for model in calls)
+
+
+@pytest.mark.parametrize("demand", ["says", "preferred"])
+def test_a_demand_asks_with_the_same_tensors_every_time_and_is_known_by_the_same_digest(demand):
+    kind, seen = translator(), []
+    fix = Says(kind.source("3 4"), torch.tensor([5, 6, 0]), kind.frame)
+    fix = fix if demand == "says" else kind.preferred("3 4", torch.tensor([5, 6, 0]), over=[torch.tensor([7, 0])])
+    name = digest(fix)
+
+    def function(**inputs):
+        seen.append(inputs["decoder_input_ids"])
+        return kind.model(**inputs)
+
+    first, again = fix.violation(function), fix.violation(function)
+    assert seen[0] is seen[1] and torch.equal(first, again)  # what is replayed goes by identity
+    assert digest(fix) == name
 
 
 def test_after_the_first_rival_tokens_have_to_win_by_more():

@@ -54,6 +54,19 @@ def test_the_radius_is_a_share_of_the_way_to_what_stays():
             assert torch.equal(network.full(params)(there), model(there)) is not inside
 
 
+def test_what_is_kept_is_looked_at_once_for_many_edits_and_again_when_it_or_the_start_is_another():
+    model, kept = net(), torch.randn(50, 6)
+    _, _, network = prepared(model, "*", Gate("2"), None)
+    first = network.given("2", kept)
+    assert torch.allclose(first, model[1](model[0](kept)))
+    assert network.given("2", kept) is first
+    start = {name: value + 0.1 * (name == "0.weight") for name, value in network.start.items()}
+    moved = network.restarted(start)
+    assert not torch.allclose(moved.given("2", kept), first) and network.given("2", kept) is first
+    kept += 1
+    assert torch.allclose(network.given("2", kept), model[1](model[0](kept)))
+
+
 def test_without_anything_that_stays_the_ball_holds_the_input_alone():
     model, x = net(), torch.randn(1, 6)
     editor, _, network = prepared(model, "*", Gate("0"), None)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 pytest.importorskip("transformers")
 
 import tiny_text as tiny
+from hypothesis import given
+from hypothesis import strategies as st
 
 import weightpatch as wp
 from weightpatch.editors import Gate, RMSProp
@@ -17,6 +20,7 @@ from weightpatch.errors import InvalidInput
 from weightpatch.evaluation.generations import SlowGenerations
 from weightpatch.network import Network
 from weightpatch.tasks import text
+from weightpatch.tasks.text._generating import _STEP, _batches
 from weightpatch.tasks.text._protocol import greedy
 
 PAD = tiny.WORDS - 1
@@ -65,6 +69,44 @@ def test_the_fast_way_answers_as_every_decode_does(name, scale):
         assert a.anew < len(TEXTS) / 4 and a.drift == pytest.approx(0, abs=1e-9)
     if scale == 0.3:
         assert len(a.changed) > len(TEXTS) / 4  # or the comparison says nothing
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.03, 0.3])
+@pytest.mark.parametrize("last", [None, 0])
+@pytest.mark.parametrize("first", [None, 5])
+def test_forced_tokens_and_answers_as_long_as_the_limit_are_answered_as_by_decoding(first, last, scale):
+    kind = made("translator")
+    kind.model.generation_config.forced_bos_token_id = first
+    kind.model.generation_config.forced_eos_token_id = last
+    network = Network(kind.model, LAST["translator"])
+    fast = text.generations(kind, network, TEXTS)
+    assert max(map(len, fast.base)) == kind.limit == 7 - (first is not None)
+    slow = SlowGenerations(
+        network, fast.base, fast._forced, lambda model, items: kind.generate([TEXTS[i] for i in items], model)
+    )
+    params = moved(network, scale)
+    found, truth = ({i: t.tolist() for i, t in way.predict(params).changed.items()} for way in (fast, slow))
+    assert found == truth
+    assert scale < 0.3 or any(len(tokens) == kind.limit for tokens in truth.values())
+
+
+@given(st.lists(st.integers(1, 40), min_size=0, max_size=7), st.integers(1, 4))
+def test_answers_are_written_together_in_the_cheapest_batches(lengths, most):
+    found = _batches(lengths, most)
+    assert sorted(i for some in found for i in some) == list(range(len(lengths)))
+    assert all(0 < len(some) <= most for some in found)
+
+    def cost(parts):
+        return sum(max(lengths[i] for i in part) * (_STEP + len(part)) for part in parts)
+
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    ways = []
+    for cuts in product([False, True], repeat=max(0, len(order) - 1)):
+        ends = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), len(order)]
+        parts = [order[a:b] for a, b in pairwise(ends)]
+        if all(len(part) <= most for part in parts):
+            ways.append(cost([part for part in parts if part]))
+    assert cost(found) == min(ways)
 
 
 def test_every_item_is_decoded_where_decoding_is_not_greedy(name):

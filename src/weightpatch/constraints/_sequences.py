@@ -164,7 +164,8 @@ class Says(Constraint):
     That is what greedy decoding needs, and all it needs: by induction, a decode whose every token is the strict winner
     after the ones before it is the answer. Where `decode` is given, what the model really generates has the last word:
     the driver runs it on the edited model, and where it says otherwise (a beam that likes a rival more, a rounding of a
-    cache) adds that rival, whose mean log-probability is to be lower, or a margin, and looks again.
+    cache) adds that rival, whose mean log-probability is to be lower, and looks again; from the second rival on every
+    token has to win by more, too.
 
     Args:
         source: model inputs of one item, (1, ...).

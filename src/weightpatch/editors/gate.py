@@ -155,7 +155,7 @@ def _given(problem: Problem, params: Params, layer: str) -> tuple[Tensor, Tensor
             for grad, answer in zip(grads, answers, strict=True)
         ]
         places[demand] = int(torch.cat(norms).argmax())
-    return _flat(seen), violation.detach(), places
+    return torch.cat([part.flatten(0, -2) for part in seen]), violation.detach(), places
 
 
 def _kept(problem: Problem, layer: str) -> Tensor:
@@ -169,10 +169,6 @@ def _distances(points: Tensor, key: Tensor) -> Tensor:
     exact = "donot_use_mm_for_euclid_dist"  # products would round small distances away
     dtype = torch.promote_types(key.dtype, torch.float32)
     return torch.cdist(points.to(dtype), key[None].to(dtype), compute_mode=exact).squeeze(1)
-
-
-def _flat(seen: list[Tensor]) -> Tensor:
-    return torch.cat([part.flatten(0, -2) for part in seen])
 
 
 def _tolerance(key: Tensor) -> float:

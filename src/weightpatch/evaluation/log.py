@@ -95,7 +95,7 @@ class Log:
 
 
 def digest(value: Any) -> str:
-    """Return the SHA-256 of nested values: tensors by their bits, dataclasses and other objects by their attributes."""
+    """Return the SHA-256 of nested values: tensors by bits, dataclasses by fields, other objects by attributes."""
     found = hashlib.sha256()
     _feed(value, found.update)
     return found.hexdigest()
@@ -112,7 +112,10 @@ def _feed(value: Any, update: Callable[[bytes], None]) -> None:
         update(f"{type(value).__name__} {len(value)}".encode())
         for item in value:
             _feed(item, update)
-    elif dataclasses.is_dataclass(value) or "object at 0x" in repr(value):
+    elif dataclasses.is_dataclass(value):
+        update(type(value).__qualname__.encode())
+        _feed({field.name: getattr(value, field.name) for field in dataclasses.fields(value)}, update)
+    elif "object at 0x" in repr(value):
         update(type(value).__qualname__.encode())
         _feed(vars(value), update)
     else:
