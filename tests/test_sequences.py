@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -192,6 +193,57 @@ def test_parts_of_all_are_refined_on_their_own():
     refined = (a & b).refined(kind.model)
     assert isinstance(refined, All) and len(refined.parts[0].rivals) == 1 and refined.parts[1] is b
     assert (b & b).refined(kind.model) is None and Kept(torch.zeros(1, 2)).refined(kind.model) is None
+
+
+@settings(max_examples=20)
+@given(
+    asked=st.lists(st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(0, 2)), min_size=1, max_size=8),
+    causal=st.booleans(),
+)
+def test_neighbours_of_one_shape_are_asked_in_one_pass(asked, causal):
+    kind = language() if causal else translator()
+    parts = [
+        Says(
+            kind.source(" ".join(["3 4", "5 6"][place % 2].split()[:words])),
+            torch.tensor([5, 6][:tokens]),
+            kind.frame,
+            0.1 * place,
+            rivals=tuple(torch.tensor([7 + rival, 1][:tokens]) for rival in range(rivals)),
+        )
+        for place, (words, tokens, rivals) in enumerate(asked)
+    ]
+    calls = []
+
+    def function(**inputs):
+        calls.append(inputs)
+        return kind.model(**inputs)
+
+    whole = All((All(tuple(parts[:3])), *parts[3:])) if len(parts) > 3 else All(tuple(parts))
+    with torch.no_grad():
+        alone = [piece for part in parts for piece in part.pieces(kind.model)]
+        together = whole.pieces(function)
+        torch.testing.assert_close(whole.violation(kind.model), torch.cat([piece.violation for piece in alone]))
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one.violation, other.violation)
+        torch.testing.assert_close(one.rivals, other.rivals)
+    lengths = [words + tokens if causal else (words, tokens) for words, tokens, _ in asked]
+    changes = 1 + sum(a != b for a, b in pairwise(lengths))
+    assert changes <= len(calls) <= len(parts)
+    assert sum(len(next(iter(inputs.values()))) for inputs in calls) == sum(1 + rivals for *_, rivals in asked)
+    if sum(1 + rivals for *_, rivals in asked) <= 16:
+        assert len(calls) == changes
+    first = len(calls)
+    with torch.no_grad():
+        whole.violation(function)
+    for before, again in zip(calls[:first], calls[first:], strict=True):  # what is replayed goes by identity
+        assert all(before[name] is again[name] for name in before)
+
+
+def test_demands_whose_options_hold_tensors_are_asked_one_by_one():
+    kind = language()
+    frame = CausalFrame(pad=0, options={"use_cache": False, "output_hidden_states": torch.tensor(False)})
+    part = Says(kind.source("3 4"), torch.tensor([5]), frame)
+    assert part.joined(part) is None and part.joined(Kept(torch.zeros(1, 2))) is None
 
 
 def test_a_plain_encoder_decoder_is_edited():

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple, final
 
 import torch
@@ -49,6 +50,10 @@ class Constraint(ABC):
         """Return the violations in parts, in order, with their residuals where they have any."""
         return [Piece(self.violation(function))]
 
+    def joined(self, other: Constraint) -> Constraint | None:
+        """Return what asks this and then `other` in one pass of the model, demand after demand; None where none can."""
+        return None
+
     def refined(self, model: nn.Module) -> Constraint | None:
         """Return a stricter constraint where this one holds and yet a model, as deployed, does otherwise; else None.
 
@@ -88,11 +93,20 @@ class All(Constraint):
 
     def violation(self, function: Function) -> Tensor:
         """Concatenate the parts' violations, shape (sum of n,)."""
-        return torch.cat([part.violation(function) for part in self.parts])
+        return torch.cat([some.violation(function) for some in self._passes])
 
     def pieces(self, function: Function) -> list[Piece]:
         """Return those of every part."""
-        return [piece for part in self.parts for piece in part.pieces(function)]
+        return [piece for some in self._passes for piece in some.pieces(function)]
+
+    @cached_property
+    def _passes(self) -> list[Constraint]:
+        """The parts, neighbours that go together asked in one pass."""
+        found: list[Constraint] = []
+        for part in _parts(self):
+            both = found[-1].joined(part) if found else None
+            found = [*found, part] if both is None else [*found[:-1], both]
+        return found
 
     def bind(self, function: Function) -> Constraint:
         """Bind every part."""

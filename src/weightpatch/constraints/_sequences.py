@@ -23,6 +23,7 @@ __all__ = ["IGNORED", "CausalFrame", "Frame", "Preferred", "Says", "Seq2SeqFrame
 
 IGNORED = -100
 _FEW = 1  # rival, before the tokens of an answer have to win by more
+_ROWS = 16  # of a batch of several demands: more gain no time
 Decode = Callable[[nn.Module], Tensor]
 
 
@@ -144,15 +145,15 @@ class Preferred(Constraint):
 
     def violation(self, function: Function) -> Tensor:
         """Return ``margin + s(alternative) - s(target)`` for each alternative, shape (alternatives,)."""
-        inputs, labels = self._batch
+        inputs, labels = self.batch
         scores = token_scores(_logits(function, inputs, labels), labels)
         scores = scores.sum(1) if self.total else scores.sum(1) / (labels != IGNORED).sum(1)
         gap = scores[1:] - scores[0]
         return gap + self.margin + torch.finfo(gap.dtype).tiny * (gap == 0).to(gap.dtype)
 
     @cached_property
-    def _batch(self) -> tuple[dict[str, Any], Tensor]:
-        """The same tensors every time, so that passes are replayed."""
+    def batch(self) -> tuple[dict[str, Any], Tensor]:
+        """The model's inputs and the labels, the same tensors every time, so that passes are replayed."""
         return self.frame.batch(self.source, (self.target, *self.over))
 
 
@@ -193,8 +194,12 @@ class Says(Constraint):
 
     def pieces(self, function: Function) -> list[Piece]:
         """Return the violations, those of tokens with what they are the largest of, shape (tokens, vocabulary)."""
-        inputs, labels = self._batch
-        logits = _logits(function, inputs, labels)
+        inputs, labels = self.batch
+        return self.judged(_logits(function, inputs, labels))
+
+    def judged(self, logits: Tensor) -> list[Piece]:
+        """Return the pieces, of the logits of the batch, (m, length, vocabulary)."""
+        labels = self.batch[1]
         asked = labels[0] != IGNORED
         wanted, at = labels[0, asked][:, None], logits[0, asked]
         others = at.scatter(1, wanted, -torch.inf) - at.gather(1, wanted) + self.margin
@@ -206,9 +211,13 @@ class Says(Constraint):
         return [tokens, Piece(means[1:] - means[0] + 0.01 * (1 + self.margin))]
 
     @cached_property
-    def _batch(self) -> tuple[dict[str, Any], Tensor]:
-        """The same tensors every time, so that passes are replayed."""
+    def batch(self) -> tuple[dict[str, Any], Tensor]:
+        """The model's inputs and the labels, the same tensors every time, so that passes are replayed."""
         return self.frame.batch(self.source, (self.answer, *self.rivals))
+
+    def joined(self, other: Constraint) -> Constraint | None:
+        """Return both where their batches need no padding to be one."""
+        return _Together((self,)).joined(other)
 
     def refined(self, model: nn.Module) -> Says | None:
         """Add what `model` generates instead as a rival, or ask for a larger margin; None where it says the answer."""
@@ -223,6 +232,46 @@ class Says(Constraint):
         # a beam has always one more where the answer barely wins: it runs out of them as its tokens grow likelier
         margin = self.margin if len(self.rivals) < len(rivals) <= _FEW else 2 * self.margin + 0.05
         return replace(self, rivals=rivals, margin=margin)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Together(Constraint):
+    """Demands of which each is some rows of one batch, unpadded: a place counted from an end stays where it was."""
+
+    parts: tuple[Says, ...]
+
+    def violation(self, function: Function) -> Tensor:
+        return torch.cat([piece.violation for piece in self.pieces(function)])
+
+    def pieces(self, function: Function) -> list[Piece]:
+        inputs, labels = self._batch
+        logits = _logits(function, inputs, labels).split([len(part.batch[1]) for part in self.parts])
+        return [piece for part, some in zip(self.parts, logits, strict=True) for piece in part.judged(some)]
+
+    def joined(self, other: Constraint) -> Constraint | None:
+        if not isinstance(other, Says) or sum(len(part.batch[1]) for part in (*self.parts, other)) > _ROWS:
+            return None
+        options = (*self.parts[0].frame.options.values(), *other.frame.options.values())
+        if any(isinstance(value, Tensor) for value in options):  # which of its dimensions is that of items?
+            return None
+        return _Together((*self.parts, other)) if _shape(*self.parts[0].batch) == _shape(*other.batch) else None
+
+    @cached_property
+    def _batch(self) -> tuple[dict[str, Any], Tensor]:
+        batches = [part.batch for part in self.parts]
+        inputs = {
+            name: torch.cat([some[name] for some, _ in batches]) if isinstance(value, Tensor) else value
+            for name, value in batches[0][0].items()
+        }
+        return inputs, torch.cat([labels for _, labels in batches])
+
+
+def _shape(inputs: Mapping[str, Any], labels: Tensor) -> dict[str, Any]:
+    """Return what batches have in common whose rows can be one batch."""
+    return {"": labels.shape[1:]} | {
+        name: (value.shape[1:], value.dtype) if isinstance(value, Tensor) else value for name, value in inputs.items()
+    }
 
 
 def _logits(function: Function, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:

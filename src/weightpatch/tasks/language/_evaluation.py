@@ -238,7 +238,8 @@ class _Run:
         network, held, steps, seconds, peaks = self.network, 0, 0, 0.0, list[int | None]()
         groups = [list(places)] if self._joint else [[place] for place in places]
         for group in groups:
-            facts = [self._facts[place] for place in group]
+            # of like length side by side: they go through the model together
+            facts = sorted((self._facts[place] for place in group), key=self._length)
             editor = self._makes(facts)
             if (dict(editor.slots), tuple(editor.taps)) != self._rooms:
                 raise InvalidInput(f"the editor of {facts[0].prompt!r:.60} looks at other modules than the first one's")
@@ -255,6 +256,10 @@ class _Run:
         known = [peak for peak in peaks if peak is not None]
         facts_of = {"held": held, "edits": len(groups), "steps": steps, "seconds": seconds}
         return _Made(params, facts_of | {"peak_bytes": max(known) if known else None, "patch_bytes": nbytes})
+
+    def _length(self, fact: Fact) -> int:
+        asked = demand(self._language, fact)
+        return int(asked.source["input_ids"].shape[1]) + len(asked.answer)
 
     def _asked(self, facts: Sequence[Fact]) -> Constraint:
         """Ask for facts; several at once without rivals, of which nobody could say where their keys are."""
