@@ -148,7 +148,7 @@ class Bench:
             "MEMIT": Row(memit, like="ROME", layers=SPREAD, most=1),
             "AlphaEdit": Row(alphaedit, like="ROME", layers=SPREAD, most=100),
             "UltraEdit": Row(ultraedit, (1e-3, 1e-2), "ROME", most=100),
-            "EMMET, at once": Row(emmet, like="ROME", least=10, joint=True),
+            "EMMET, at once": Row(emmet, like="ROME", least=10, most=100, joint=True),
             "MEMIT, at once": Row(memit, like="ROME", layers=SPREAD, least=10, most=100, joint=True),
         }
 
