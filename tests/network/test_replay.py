@@ -106,6 +106,44 @@ def test_the_second_pass_on_a_batch_is_a_replay(monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(network.before(y), network.full(network.start)(y))
 
 
+@pytest.mark.parametrize("room", ["enough", "for three"])
+def test_many_small_batches_in_turn_are_replayed_and_large_ones_do_not_drive_each_other_out(room):
+    network = Network(zoo.TinyResNet().eval(), "layer2.*")
+    calls: list[int] = []
+    network._replayer._modules["layer1.0.conv1"].register_forward_hook(lambda *_: calls.append(1))
+    batches = [cases.floats(2, 3, 8, 8) for _ in range(20)]
+    recordings = network._replayer._recordings
+    if room == "for three":
+        recordings._nbytes = 3 * network.record(batches[0]).nbytes
+    expected = [network.full(network.start)(x) for x in batches]
+
+    def passes(some) -> int:
+        calls.clear()
+        for x in some:
+            assert torch.equal(network.before(x), next(y for x_, y in zip(batches, expected, strict=True) if x_ is x))
+        return len(calls)
+
+    passes(batches + batches)
+    for _ in range(2):
+        assert passes(batches) == (0 if room == "enough" else 12)  # eight are kept whatever their size
+    assert passes([*batches[10:12]] * 5) == (0 if room == "enough" else 2)  # what is used now drives out what is not
+    del batches[:]
+    network.before(cases.floats(3, 3, 8, 8))
+    assert len(recordings._kept) == 1
+
+
+def test_unused_recordings_make_room():
+    network = Network(zoo.TinyResNet().eval(), "layer2.*")
+    recordings = network._replayer._recordings
+    recordings._nbytes, recordings._most = 0, 10
+    batches = [cases.floats(2, 3, 8, 8) for _ in range(15)]
+    for x in batches:
+        network.before(x)
+    assert len(recordings._kept) == 10
+    held = [kept.recording for kept in recordings._kept.values() if kept.recording]
+    assert len(held) == 3  # five of the eight were the oldest of fifteen that were seen
+
+
 def test_only_what_replays_read_is_stored():
     network = Network(zoo.TinyResNet(), "layer2.*")
     x = cases.floats(16, 3, 8, 8)
