@@ -246,7 +246,7 @@ class _Together(Constraint):
 
     def pieces(self, function: Function) -> list[Piece]:
         inputs, labels = self._batch
-        logits = _logits(function, inputs, labels).split([len(part.batch[1]) for part in self.parts])
+        logits = torch.split(_logits(function, inputs, labels), [len(part.batch[1]) for part in self.parts])
         return [piece for part, some in zip(self.parts, logits, strict=True) for piece in part.judged(some)]
 
     def joined(self, other: Constraint) -> Constraint | None:
