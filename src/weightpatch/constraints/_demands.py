@@ -51,7 +51,7 @@ class Constraint(ABC):
         return [Piece(self.violation(function))]
 
     def joined(self, other: Constraint) -> Constraint | None:
-        """Return what asks this and then `other` in one pass of the model, demand after demand; None where none can."""
+        """Return what finds the violations of this and then of `other` in one pass of the model; None where none can."""
         return None
 
     def refined(self, model: nn.Module) -> Constraint | None:
@@ -92,16 +92,16 @@ class All(Constraint):
             raise InvalidInput("All was given no constraint; expected at least one, as in Classified(...) & Kept(...)")
 
     def violation(self, function: Function) -> Tensor:
-        """Concatenate the parts' violations, shape (sum of n,)."""
+        """Concatenate the parts' violations, shape (sum of n,); neighbours that go together are asked in one pass."""
         return torch.cat([some.violation(function) for some in self._passes])
 
     def pieces(self, function: Function) -> list[Piece]:
-        """Return those of every part."""
-        return [piece for some in self._passes for piece in some.pieces(function)]
+        """Return those of every part, in a pass of its own: who asks for pieces differentiates one after another."""
+        return [piece for part in self.parts for piece in part.pieces(function)]
 
     @cached_property
     def _passes(self) -> list[Constraint]:
-        """The parts, neighbours that go together asked in one pass."""
+        """The parts, neighbours joined."""
         found: list[Constraint] = []
         for part in _parts(self):
             both = found[-1].joined(part) if found else None

@@ -242,12 +242,10 @@ class _Together(Constraint):
     parts: tuple[Says, ...]
 
     def violation(self, function: Function) -> Tensor:
-        return torch.cat([piece.violation for piece in self.pieces(function)])
-
-    def pieces(self, function: Function) -> list[Piece]:
         inputs, labels = self._batch
         logits = torch.split(_logits(function, inputs, labels), [len(part.batch[1]) for part in self.parts])
-        return [piece for part, some in zip(self.parts, logits, strict=True) for piece in part.judged(some)]
+        judged = [piece for part, some in zip(self.parts, logits, strict=True) for piece in part.judged(some)]
+        return torch.cat([piece.violation for piece in judged])
 
     def joined(self, other: Constraint) -> Constraint | None:
         if not isinstance(other, Says) or sum(len(part.batch[1]) for part in (*self.parts, other)) > _ROWS:

@@ -139,10 +139,12 @@ def _given(problem: Problem, params: Params, layer: str) -> tuple[Tensor, Tensor
     The last is, for each violated demand, the row of what is given whose answer the demand depends on most: in a batch
     of items the item, in a sequence mostly the place where the token is written.
     """
-    problem.violation(params)  # a first pass may be run several times, to be recorded
+    problem.constraint.pieces(problem.at(params))  # a first pass may be run several times, to be recorded
     answers: list[Tensor] = []
     with noted(layer, answers) as seen, torch.enable_grad():
-        violation = problem.violation({name: value.detach().requires_grad_() for name, value in params.items()})
+        tracked = {name: value.detach().requires_grad_() for name, value in params.items()}
+        pieces = problem.constraint.pieces(problem.at(tracked))
+        violation = torch.cat([piece.violation for piece in pieces])
     if not seen:
         raise InvalidInput(f"Gate({layer!r}): the layer is not called for the constraint's inputs; choose another one")
     places = {}
