@@ -83,6 +83,25 @@ def projector(reference: Tensor) -> Tensor:
     return basis.T @ basis
 
 
+def test_the_best_round_is_returned_and_rounds_that_gain_nothing_end_the_search():
+    model, x = nn.Sequential(layer()), drawn(2, WIDTH, seed=2)
+    start, made = model(x).detach(), []
+
+    @dataclass(frozen=True, eq=False)
+    class Worse(Editor):
+        def run(self, problem: Problem) -> Solution:
+            made.append(1)
+            size = {1: 0.5, 2: 0.7}.get(len(made), 9.0 * len(made))  # of what the output gains in this round
+            return Solution({name: torch.full_like(value, size) for name, value in problem.start.items()}, 1)
+
+    fix = Within(x, start + 1, tolerance=1e-2)
+    found = wp.edit(model, fix, KeyValue(("0",), exact=True, values=Worse(), max_steps=10))
+    assert found.result is wp.Result.unsatisfied
+    assert len(made) == 5  # two that gain something, and three that do not
+    with found.patch.applied(model):
+        torch.testing.assert_close(model(x), start + 1.2)
+
+
 # ---------------------------------------------------------------- the papers' formulas
 
 

@@ -51,7 +51,7 @@ class Constraint(ABC):
         return [Piece(self.violation(function))]
 
     def joined(self, other: Constraint) -> Constraint | None:
-        """Return what finds the violations of this and then of `other` in one pass of the model; None where none can."""
+        """Return what finds the violations of this and then of `other` in one pass; None where nothing can."""
         return None
 
     def refined(self, model: nn.Module) -> Constraint | None:

@@ -19,6 +19,7 @@ from .base import Editor, Solution, root
 from .metric import Metric
 
 _ROUNDING = 1e-4  # how far a key may be from itself, computed in a batch of another size, relative to its norm
+_PATIENCE = 3  # rounds of a search that make nothing better
 
 
 @final
@@ -204,7 +205,10 @@ class KeyValue(Editor):
         return tuple(dict.fromkeys((*self.layers, self.at or self.layers[-1])))
 
     def run(self, problem: Problem) -> Solution:
-        """Find values and solve for the weights, round after round, until the constraint holds or nothing moves."""
+        """Find values and solve for the weights, round after round, until the constraint holds or nothing moves.
+
+        Where it never holds, what the round came to that left the fewest demands violated is returned.
+        """
         names = [f"{layer}.weight" for layer in self.layers]
         missing = [name for name in names if name not in problem.start]
         if missing:
@@ -213,17 +217,29 @@ class KeyValue(Editor):
                 "weight goes by its first name, and a parametrised one has none"
             )
         part = problem.part(names)
-        params, steps = part.start, 0
-        for _ in range(self.max_steps):
-            worst = part.worst(params)  # a first pass may be run several times, to be recorded
-            if worst <= 0 or not math.isfinite(worst):
+        params, steps, since = part.start, 0, 0
+        best: tuple[float, float, Params] | None = None
+        for made in range(self.max_steps + 1):
+            with torch.no_grad():
+                violation = part.violation(params)
+            unmet, total = float((violation > 0).sum()), float(violation.relu().sum())
+            if not math.isfinite(total):
+                break
+            if made and (best is None or (unmet, total) < best[:2]):
+                best, since = (unmet, total, params), 0
+            if not unmet or made == self.max_steps or since == self._patience:
                 break
             changed, searched = self._round(part, params)
-            steps += searched + len(names)
+            steps, since = steps + searched + len(names), since + 1
             if all(torch.equal(changed[name], params[name]) for name in names):
                 break
             params = changed
-        return Solution({**problem.start, **params}, steps)
+        return Solution({**problem.start, **(params if best is None else best[2])}, steps)
+
+    @property
+    def _patience(self) -> int:
+        """After how many rounds without a better one to stop: a gradient's are small, and many."""
+        return self.max_steps if isinstance(self.values, NormalisedGradient) else _PATIENCE
 
     def _round(self, problem: Problem, params: Params) -> tuple[Params, int]:
         """Return the parameters after one round, and the steps of the search."""
