@@ -20,7 +20,7 @@ from ..comparison import Comparison, TestSet, check_labels, compare
 from ..curve import STRENGTHS, Curve, between, places, sweep
 from ..report import Report
 from ._changes import Changes, changes
-from ._made import made, sizes
+from ._made import facts, made
 from ._mistakes import Demand, Mistake, demands, mistakes
 from ._pictures import Picture
 from ._plots import drawdown_line, slack_line
@@ -68,7 +68,6 @@ def edit_page(
     names = Names(classes)
     found = _measure(model, edit, edit.constraint if constraint is None else constraint, test, names, picture)
     seen = changes(found.comparison, test[0], names, picture, found.asked)
-    manifest = edit.patch.manifest.to_json() if edit.patch is not None else None
     view = {
         "edit": edit,
         "held": edit.result in (Result.satisfied, Result.already_satisfied),
@@ -78,7 +77,7 @@ def edit_page(
         **made(edit),
         "tables": [table(title, report) for title, report in tables],
     }
-    return write(place, "edit.html.j2", view, _facts(edit, found, seen, manifest, classes, tables))
+    return write(place, "edit.html.j2", view, _facts(edit, found, seen, classes, tables))
 
 
 @final
@@ -124,24 +123,12 @@ def _facts(
     edit: Edit,
     found: Measured,
     seen: Changes,
-    manifest: dict[str, Any] | None,
     classes: Sequence[str],
     tables: Sequence[tuple[str, Report]],
 ) -> dict[str, Any]:
-    patch = edit.patch
     plain = [{**asdict(card), "picture": None} for card in seen.cards]
     return {
-        "result": edit.result.name,
-        "advice": edit.result.value,
-        "steps": edit.steps,
-        "violation": edit.violation,
-        "drift": edit.drift,
-        "cost": {"seconds": edit.cost.seconds, "peak_bytes": edit.cost.peak_bytes},
-        "editor": repr(edit.editor),
-        "constraint": edit.constraint.kind,
-        "patch": None
-        if patch is None
-        else {"id": patch.id, "bytes": patch.nbytes, "tensors": sizes(patch), "manifest": manifest},
+        **facts(edit),
         "classes": list(classes),
         "demands": [asdict(demand) for demand in found.demands],
         "mistakes": [{**asdict(mistake), "picture": None} for mistake in found.mistakes],

@@ -7,7 +7,7 @@ from typing import Any
 from ...editing import Edit
 from ...patches import Patch
 
-__all__ = ["made", "sizes"]
+__all__ = ["facts", "made", "sizes"]
 
 
 def made(edit: Edit) -> dict[str, Any]:
@@ -16,6 +16,24 @@ def made(edit: Edit) -> dict[str, Any]:
         "manifest": None if edit.patch is None else edit.patch.manifest.to_json(),
         "constraint": edit.constraint.kind,
         "sizes": sizes(edit.patch),
+    }
+
+
+def facts(edit: Edit) -> dict[str, Any]:
+    """Return what the JSON beside a page says of an edit itself."""
+    patch = edit.patch
+    return {
+        "result": edit.result.name,
+        "advice": edit.result.value,
+        "steps": edit.steps,
+        "violation": edit.violation,
+        "drift": edit.drift,
+        "cost": {"seconds": edit.cost.seconds, "peak_bytes": edit.cost.peak_bytes},
+        "editor": repr(edit.editor),
+        "constraint": edit.constraint.kind,
+        "patch": None
+        if patch is None
+        else {"id": patch.id, "bytes": patch.nbytes, "tensors": sizes(patch), "manifest": patch.manifest.to_json()},
     }
 
 

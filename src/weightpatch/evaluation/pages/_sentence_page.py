@@ -16,7 +16,7 @@ from ...errors import InvalidInput
 from ...network import preserved_rng
 from ..scoring import Scoring
 from ..sentences import Answering, SentenceComparison, compare_sentences, patched
-from ._made import made, sizes
+from ._made import facts, made
 from ._render import page_path, write
 from ._sentences import Saying, Sentences, sayings, sentences
 
@@ -93,19 +93,8 @@ def sentence_comparison_page(path: str | os.PathLike[str], comparison: SentenceC
 
 
 def _facts(edit: Edit, told: Sequence[Saying], seen: Sentences) -> dict[str, Any]:
-    patch = edit.patch
     return {
-        "result": edit.result.name,
-        "advice": edit.result.value,
-        "steps": edit.steps,
-        "violation": edit.violation,
-        "drift": edit.drift,
-        "cost": {"seconds": edit.cost.seconds, "peak_bytes": edit.cost.peak_bytes},
-        "editor": repr(edit.editor),
-        "constraint": edit.constraint.kind,
-        "patch": None
-        if patch is None
-        else {"id": patch.id, "bytes": patch.nbytes, "tensors": sizes(patch), "manifest": patch.manifest.to_json()},
+        **facts(edit),
         "sayings": [asdict(saying) for saying in told],
         "comparison": seen.comparison.to_json(),
         "kinds": {"worse": seen.worse, "better": seen.better, "equal": seen.equal},
