@@ -148,6 +148,16 @@ class Bench:
             "MEMIT": Row(memit, like="ROME", layers=SPREAD, most=1),
             "AlphaEdit": Row(alphaedit, like="ROME", layers=SPREAD, most=100),
             "UltraEdit": Row(ultraedit, (1e-3, 1e-2), "ROME", most=100),
+            "Preconditioned, at once": Row(
+                lambda layer, rate: Preconditioned(metric=metric, max_steps=40),
+                like="RMSProp, shrunk",
+                least=10,
+                most=100,
+                joint=True,
+            ),
+            "MinimumNorm, at once": Row(
+                lambda layer, rate: MinimumNorm(metric=metric), like="RMSProp, shrunk", least=10, most=100, joint=True
+            ),
             "EMMET, at once": Row(emmet, like="ROME", least=10, most=100, joint=True),
             "MEMIT, at once": Row(memit, like="ROME", layers=SPREAD, least=10, most=100, joint=True),
         }
