@@ -265,6 +265,15 @@ def test_a_least_norm_edit_of_the_head_makes_a_sentence():
     fix = kind.says("3 4 5", torch.tensor([5, 6]), margin=0.1)
     found = wp.edit(kind.model, fix, MinimumNorm(), parameters="transformer.ln_f.*")
     assert found.result is wp.Result.satisfied
+    assert found.certificate.affine
+
+
+def test_answers_that_are_no_plain_tensors_are_seen_to_bend_too():
+    kind = language()
+    fix = kind.says("3 4 5", torch.tensor([5, 6]), margin=0.1)
+    found = wp.edit(kind.model, fix, MinimumNorm(), parameters="transformer.h.0.mlp.*")
+    assert found.result is wp.Result.satisfied
+    assert not found.certificate.affine
 
 
 def test_forced_first_tokens_are_not_scored():

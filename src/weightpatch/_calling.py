@@ -27,19 +27,22 @@ def outputs(function: Function, inputs: Inputs) -> Tensor:
 
     Half-precision answers are widened to float32 (exactly), so that differences of them are not rounded again.
     """
-    answer = call(function, inputs)
-    if isinstance(answer, Mapping) and "logits" in answer:
-        answer = answer["logits"]
-    elif hasattr(answer, "logits"):
-        answer = answer.logits
-    elif isinstance(answer, (tuple, list)) and answer:
-        answer = answer[0]
+    answer = read(call(function, inputs))
     if not isinstance(answer, Tensor):
         raise InvalidInput(
             f"the model returned {type(answer).__name__}; expected a tensor, an object with .logits, or a tuple that "
             "starts with a tensor; wrap the model in a module that returns its logits"
         )
     return answer.float() if answer.dtype in (torch.float16, torch.bfloat16) else answer
+
+
+def read(answer: Any) -> Any:
+    """Return what is taken for a model's answer: the thing itself, its `logits`, or its first item."""
+    if isinstance(answer, Mapping) and "logits" in answer:
+        return answer["logits"]
+    if hasattr(answer, "logits"):
+        return answer.logits
+    return answer[0] if isinstance(answer, (tuple, list)) and answer else answer
 
 
 def leaves(inputs: Inputs) -> Iterator[Tensor]:

@@ -10,6 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from .._calling import read
 from ..constraints import Piece
 from ..errors import InvalidInput, NotEditable
 from ..problem import Problem
@@ -24,6 +25,7 @@ _SLACK = 256  # roundings by which a demand is overshot: in a batch of another s
 _RIVALS = 24  # added in a round, of all its demands: of thousands of classes few matter, and a round is a pass of all
 _ROUND = 5e8  # bytes that the rivals of one round may take
 _EQUATIONS = 256  # outputs of one demand up to which each is an equation of its own
+_TURNS = 5  # rounds, each of which adds a rival of every demand where answers are not affine
 _BEYOND = 0.05  # by which share of its violation a demand that is not affine is overshot
 
 
@@ -92,7 +94,7 @@ class _Search:
         self._power = 0.0 if metric is None else sum(metric.layers[name].power for name in self._layers(metric))
         self._size = math.sqrt(sum(float(p.double().square().sum()) for p in problem.start.values()))
         self._eps = max(torch.finfo(value.dtype).eps for value in problem.start.values())
-        self.affine, self._demands = True, 0
+        self.affine, self._demands, self._rounds = True, 0, 0
         self._restart()
 
     def _layers(self, metric: Metric) -> list[str]:
@@ -116,6 +118,7 @@ class _Search:
             raise NotEditable(f"the constraint does not depend on {sorted(self._names)}; choose other parameters")
         if not self.affine:
             self._restart()
+        self._rounds += 1
         first, moved, hope = 0, list(params.values()), False
         for piece in pieces:
             for place, value in enumerate(values[first : first + len(piece.violation)].tolist()):
@@ -141,12 +144,17 @@ class _Search:
         return max(row.nbytes, 1)
 
     def _add_rivals(self, demand: int, piece: Piece, place: int, moved: list[Tensor], most: int) -> None:
-        """Add what else violates the demand; where answers are not affine, the farthest rival alone counts."""
-        if piece.rivals is None or not self.affine:
+        """Add what else violates the demand.
+
+        Where answers are not affine a round starts anew, and the farthest rival alone counts at first; where rivals take
+        turns from round to round, more of them have to be met together.
+        """
+        if piece.rivals is None:
             return
+        most = most if self.affine else min(most, 1 + self._rounds // _TURNS)
         values, places = piece.rivals[place].detach().topk(min(most, piece.rivals.shape[1]))
         for value, rival in zip(values.tolist()[1:], places.tolist()[1:], strict=True):
-            if value > 0:
+            if value > 0 or not self.affine:
                 self._add(demand, piece.rivals[place, rival], value, moved)
 
     def _add_ball(self, demand: int, residual: Tensor, radius: float, moved: list[Tensor]) -> bool:
@@ -216,7 +224,7 @@ class _Search:
 
         def noted(*args: object, **kwargs: object) -> object:
             answer = function(*args, **kwargs)
-            seen.extend([answer] if isinstance(answer, Tensor) else [])
+            seen.append(read(answer))
             return answer
 
         self._problem.constraint.violation(noted)
