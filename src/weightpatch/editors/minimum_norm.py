@@ -146,8 +146,8 @@ class _Search:
     def _add_rivals(self, demand: int, piece: Piece, place: int, moved: list[Tensor], most: int) -> None:
         """Add what else violates the demand.
 
-        Where answers are not affine a round starts anew, and the farthest rival alone counts at first; where rivals take
-        turns from round to round, more of them have to be met together.
+        Where answers are not affine a round starts anew, and the farthest rival alone counts at first; rivals that take
+        turns from round to round have to be met together, so that later rounds add more.
         """
         if piece.rivals is None:
             return
