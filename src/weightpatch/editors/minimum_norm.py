@@ -25,7 +25,7 @@ _SLACK = 256  # roundings by which a demand is overshot: in a batch of another s
 _RIVALS = 24  # added in a round, of all its demands: of thousands of classes few matter, and a round is a pass of all
 _ROUND = 5e8  # bytes that the rivals of one round may take
 _EQUATIONS = 256  # outputs of one demand up to which each is an equation of its own
-_TURNS = 5  # rounds, each of which adds a rival of every demand where answers are not affine
+_TOGETHER = 64  # rivals of one demand in a round where answers are not affine, where each is a backward pass
 _BEYOND = 0.05  # by which share of its violation a demand that is not affine is overshot
 
 
@@ -94,7 +94,8 @@ class _Search:
         self._power = 0.0 if metric is None else sum(metric.layers[name].power for name in self._layers(metric))
         self._size = math.sqrt(sum(float(p.double().square().sum()) for p in problem.start.values()))
         self._eps = max(torch.finfo(value.dtype).eps for value in problem.start.values())
-        self.affine, self._demands, self._rounds = True, 0, 0
+        self.affine, self._demands = True, 0
+        self._leading: dict[int, list[int]] = {}  # of each demand, the rivals that the last round linearised
         self._restart()
 
     def _layers(self, metric: Metric) -> list[str]:
@@ -118,7 +119,6 @@ class _Search:
             raise NotEditable(f"the constraint does not depend on {sorted(self._names)}; choose other parameters")
         if not self.affine:
             self._restart()
-        self._rounds += 1
         first, moved, hope = 0, list(params.values()), False
         for piece in pieces:
             for place, value in enumerate(values[first : first + len(piece.violation)].tolist()):
@@ -127,7 +127,8 @@ class _Search:
                 residual = None if piece.residual is None else piece.residual[place]
                 if residual is None or len(residual) > _EQUATIONS:
                     size = self._add(first + place, violation[first + place], value, moved)
-                    most = int(min(_RIVALS, _ROUND / (2 * size)) / int((values > 0).sum()))
+                    violated, room = int((values > 0).sum()), _ROUND / (2 * size)
+                    most = int(min(_RIVALS / violated if self.affine else _TOGETHER, room / violated))
                     self._add_rivals(first + place, piece, place, moved, max(1, most))
                     hope = True
                 else:
@@ -146,16 +147,22 @@ class _Search:
     def _add_rivals(self, demand: int, piece: Piece, place: int, moved: list[Tensor], most: int) -> None:
         """Add what else violates the demand.
 
-        Where answers are not affine a round starts anew, and the farthest rival alone counts at first; rivals that take
-        turns from round to round have to be met together, so that later rounds add more.
+        Where answers are not affine a round starts anew, and the farthest rival alone counts at first; where another
+        one takes the lead the next time, twice as many have to be met together.
         """
         if piece.rivals is None:
             return
-        most = most if self.affine else min(most, 1 + self._rounds // _TURNS)
-        values, places = piece.rivals[place].detach().topk(min(most, piece.rivals.shape[1]))
+        rivals = piece.rivals[place].detach()
+        if not self.affine:
+            known = self._leading.get(demand, [])
+            turned = bool(known) and float(rivals.max()) > 0 and int(rivals.argmax()) not in known
+            most = min(most, max(1, len(known)) * (2 if turned else 1))
+        values, places = rivals.topk(min(most, len(rivals)))
         for value, rival in zip(values.tolist()[1:], places.tolist()[1:], strict=True):
             if value > 0 or not self.affine:
                 self._add(demand, piece.rivals[place, rival], value, moved)
+        if not self.affine:
+            self._leading[demand] = places.tolist()
 
     def _add_ball(self, demand: int, residual: Tensor, radius: float, moved: list[Tensor]) -> bool:
         """Add a demand that is about a distance, or refine it where it is known; say whether that can help."""
