@@ -109,3 +109,10 @@ def test_one_input_asked_to_be_two_classes_is_a_conflict():
     check_consistent(same & Classified(X[1:2], torch.tensor([1])))
     with pytest.raises(ConflictingConstraints, match="demands 1 and 3 .* class 1 and class 3"):
         check_consistent(same & Classified(X[1:2].clone(), torch.tensor([3])))
+
+
+def test_one_number_as_input_may_have_any_stride():
+    column = torch.arange(10.0).reshape(2, 5)[:1, 3:4].T  # a row of one number whose stride is 5
+    assert column[0].stride() == (5,)
+    with pytest.raises(ConflictingConstraints, match="demands 0 and 1"):
+        check_consistent(All((Classified(column, torch.tensor([0])), Classified(column, torch.tensor([1])))))

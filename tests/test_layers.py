@@ -72,3 +72,26 @@ def test_nothing_heavy_is_imported_for_the_command_line():
                 [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None) or ""]
             )
             assert not any(name.split(".")[0] in ("torch", "numpy", "matplotlib") for name in names if name), path
+
+
+MADE = {"arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm"}
+MADE |= {"tensor", "zeros"}
+
+
+def test_what_makes_a_tensor_says_on_which_device():
+    """Else it lands on the default device of whoever calls, and not where the model is, or the generator."""
+    wrong = []
+    for path in SOURCE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        parameters = {id(node.args[0]) for node in calls(tree, "nn") if node.args and node.func.attr == "Parameter"}
+        for node in calls(tree, "torch"):
+            told = any(keyword.arg == "device" for keyword in node.keywords)
+            if node.func.attr in MADE and not told and id(node) not in parameters:
+                wrong.append(f"{path.relative_to(SOURCE)}:{node.lineno}: {ast.unparse(node)}")
+    assert not wrong, "\n".join(wrong)
+
+
+def calls(tree: ast.AST, module: str) -> list[ast.Call]:
+    """Calls of functions of a module."""
+    named = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute))
+    return [node for node in named if isinstance(node.func.value, ast.Name) and node.func.value.id == module]

@@ -27,6 +27,13 @@ def test_order_does_not_matter(names):
     assert fingerprint({name: state[name] for name in names}) == fingerprint(state)
 
 
+def test_the_stride_of_a_single_number_does_not_matter():
+    column = torch.arange(5)[None][:, 3]  # as of the second best class of one item
+    assert column.is_contiguous()
+    assert column.stride() == (5,)
+    assert fingerprint({"w": column}) == fingerprint({"w": torch.tensor([3])})
+
+
 def test_memory_layout_does_not_matter(monkeypatch):
     monkeypatch.setattr(hashing, "_CHUNK", 64)  # several pieces even of a small tensor
     images = torch.randn(5, 4, 3, 3)

@@ -44,14 +44,14 @@ def item_index(items: tuple[int, ...], data: LabelledImages) -> Tensor:
 
     if not items or not all(0 <= item < len(data) for item in items):
         raise InvalidInput(f"--item was given {list(items)}; expected rows from 0 to {len(data) - 1}")
-    return torch.tensor(items)
+    return torch.tensor(items, device="cpu")
 
 
 def hold_back(data: LabelledImages, n: int) -> tuple[LabelledImages, LabelledImages]:
     """Split off n images, at most a quarter, that hold edits back; what changes is measured on the others."""
     import torch
 
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0), device="cpu")
     n = min(n, len(data) // 4)
     return data[order[:n]], data[order[n:].sort().values]
 

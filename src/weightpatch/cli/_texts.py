@@ -36,7 +36,7 @@ class Texts:
         import torch
 
         n = min(_KEPT if wanted is None else wanted, len(self) // 2)
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0)).tolist()
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0), device="cpu").tolist()
         return self.rows(order[:n]), self.rows(sorted(order[n:]))
 
 

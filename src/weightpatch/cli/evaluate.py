@@ -113,10 +113,10 @@ def chosen(data: LabelledImages, wrong: Tensor | None, n: int, margin: float, ge
     from ..errors import InvalidInput
 
     if wrong is None:
-        rows = torch.randperm(len(data), generator=generator)[:n]
-        wanted = torch.randint(0, len(data.classes), (len(rows),), generator=generator)
+        rows = torch.randperm(len(data), generator=generator, device="cpu")[:n]
+        wanted = torch.randint(0, len(data.classes), (len(rows),), generator=generator, device="cpu")
     else:
-        rows = wrong[torch.randperm(len(wrong), generator=generator)[:n]]
+        rows = wrong[torch.randperm(len(wrong), generator=generator, device="cpu")[:n]]
         wanted = data.labels[rows]
     if not len(rows):
         raise InvalidInput("there is nothing to edit: the model makes no mistake on this data; try --labels random")

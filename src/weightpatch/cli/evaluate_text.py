@@ -163,7 +163,7 @@ def _classes(speaker: Classes, job: _Job) -> dict[str, Any]:
 
     assert job.tested.references is not None
     numbers = {name: number for number, name in speaker.names.items()}
-    labels = torch.tensor([numbers[reference] for reference in job.tested.references])
+    labels = torch.tensor([numbers[reference] for reference in job.tested.references], device="cpu")
     report = evaluate(
         speaker.model,
         job.demands,

@@ -311,7 +311,8 @@ def _parts(constraint: Constraint) -> Iterator[Constraint]:
 
 
 def _bytes_of(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy().tobytes()  # one number's stride may be any
 
 
 def _logits(function: Function, inputs: Inputs, n: int | None) -> Tensor:

@@ -127,12 +127,13 @@ def _curvature(b: Tensor, balls: Sequence[Ball], lengths: Tensor) -> Tensor:
 
 def _tangent(multipliers: Tensor, balls: Sequence[Ball]) -> tuple[Tensor, Tensor]:
     """Return the second derivative of ``Σ ρ ||λ_g||`` and the first."""
-    second, first = torch.zeros(2 * multipliers.shape).to(multipliers), torch.zeros_like(multipliers)
+    second, first = multipliers.new_zeros(2 * multipliers.shape), torch.zeros_like(multipliers)
     for places, radius in balls:
         length = multipliers[places].norm().clamp_min(1e-150)
         unit = multipliers[places] / length
         first[places] = radius * unit
-        second[places[:, None], places] = radius / length * (torch.eye(len(unit)).to(unit) - torch.outer(unit, unit))
+        eye = torch.eye(len(unit), dtype=unit.dtype, device=unit.device)
+        second[places[:, None], places] = radius / length * (eye - torch.outer(unit, unit))
     return second, first
 
 

@@ -52,13 +52,15 @@ def factors_of(matrix: Tensor) -> Factors | None:
             Factors(*(matrix.new_zeros(0, size, dtype=torch.float64) for size in matrix.shape)) if not length else None
         )
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(len(matrix), generator=generator, dtype=matrix.dtype).to(matrix.device)
+    probe = torch.randn(len(matrix), generator=generator, dtype=matrix.dtype, device="cpu").to(matrix.device)
     left = matrix @ _unit(probe @ matrix)  # the sum that the probe takes may cancel, the next ones do not
     right = _unit(left @ matrix)
     left = matrix @ right
     if float(torch.addr(matrix, left, right, alpha=-1).norm()) <= 8 * eps * length:
         return Factors(left.double()[None], right.double()[None])
-    sketch = torch.randn(_RANK + 4, len(matrix), generator=generator, dtype=matrix.dtype).to(matrix.device)
+    sketch = torch.randn(_RANK + 4, len(matrix), generator=generator, dtype=matrix.dtype, device="cpu").to(
+        matrix.device
+    )
     basis, sizes = torch.linalg.qr((sketch @ matrix).mT)
     if not float(sizes[-1, -1].abs()) <= math.sqrt(eps) * float(sizes[0, 0].abs()):
         return None

@@ -52,7 +52,7 @@ def dots(ones: Sequence[Part], twos: Sequence[Part]) -> Tensor:
     of_ones, of_twos = ([place for place, part in enumerate(parts) if part.factors] for parts in (ones, twos))
     low_ones, low_twos = ([part.factors for part in parts if part.factors] for parts in (ones, twos))
     if low_ones and low_twos:
-        found[torch.tensor(of_ones)[:, None], torch.tensor(of_twos)] = inner_products(low_ones, low_twos)
+        found[_mesh(of_ones, of_twos, found)] = inner_products(low_ones, low_twos)
     plain_ones, plain_twos = (
         [place for place, part in enumerate(parts) if not part.factors and not part.empty] for parts in (ones, twos)
     )
@@ -62,8 +62,14 @@ def dots(ones: Sequence[Part], twos: Sequence[Part]) -> Tensor:
         found[place, of_twos] = inner_products_with(low_twos, ones[place].rows, ones[place].values)
     if plain_ones and plain_twos:
         some, others = [ones[place] for place in plain_ones], [twos[place] for place in plain_twos]
-        found[torch.tensor(plain_ones)[:, None], torch.tensor(plain_twos)] = _plain_dots(some, others)
+        found[_mesh(plain_ones, plain_twos, found)] = _plain_dots(some, others)
     return found
+
+
+def _mesh(some: Sequence[int], others: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return indices of all these rows and columns."""
+    rows, columns = (torch.tensor(places, dtype=torch.int64, device=like.device) for places in (some, others))
+    return rows[:, None], columns
 
 
 def products(ones: Sequence[Tensor], twos: Sequence[Tensor]) -> Tensor:

@@ -64,7 +64,7 @@ class Gate(Editor):
         with torch.no_grad():
             own, violation, places = _given(problem, start, self.layer)
             bad = violation > 0
-            stays = torch.ones(len(own), dtype=torch.bool)
+            stays = own.new_ones(len(own), dtype=torch.bool)
             stays[list(places.values())] = False
             around = [own[stays]] if problem.keep is None else [own[stays], _kept(problem, self.layer)]
             book = _Book(start[keys].clone(), start[radii].clone(), torch.cat(around), self.share)

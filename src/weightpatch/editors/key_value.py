@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import final
 
 import torch
@@ -294,9 +295,9 @@ class KeyValue(Editor):
                 f"{min(lengths)} to {max(lengths)} positions. Give one for each item, or one for all; demands of "
                 "applied patches count as items too, unless remember=False"
             )
-        starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
-        offsets = torch.tensor([p % n for p, n in zip(chosen, lengths, strict=True)])
-        return (starts + offsets).to(given[0].device)
+        starts = accumulate([0, *lengths[:-1]])
+        places = [start + p % n for start, p, n in zip(starts, chosen, lengths, strict=True)]
+        return torch.tensor(places, device=given[0].device)
 
     def _searched(
         self, editor: Editor, problem: Problem, params: Params, seen: Seen, rows: Tensor
@@ -374,7 +375,7 @@ def closed_form(keys: Tensor, residuals: Tensor, preconditioned: Tensor, *, exac
     if exact:
         solved: Tensor = torch.linalg.pinv(gram, rtol=1e-10, hermitian=True) @ preconditioned
     else:
-        solved = torch.linalg.solve(gram + torch.eye(len(gram)).to(gram), preconditioned)
+        solved = torch.linalg.solve(gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device), preconditioned)
     return residuals.mT @ solved
 
 

@@ -219,7 +219,7 @@ def _times(gradient: Tensor, inverse: Tensor, eps: float, left: Tensor | None = 
     rows, width = gradient.shape[-2:]
     if gradient.requires_grad or min(rows, width) < 4 * _RANK:
         return whole()
-    sketch = torch.randn(_RANK + 4, rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sketch = torch.randn(_RANK + 4, rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
     basis = torch.linalg.qr((sketch.to(gradient) @ gradient).mT).Q
     shares = gradient @ basis
     rest = (gradient - shares @ basis.mT).norm()

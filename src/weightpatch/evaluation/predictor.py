@@ -105,7 +105,7 @@ class FastPredictor(Predictor):
         self, model: nn.Module, network: Network, inputs: Inputs, batch_size: int, drift_items: int | None = None
     ) -> None:
         self._network, self._inputs, self._batch_size, n = network, inputs, batch_size, length(inputs)
-        sample = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:_SAMPLE]
+        sample = torch.randperm(n, generator=torch.Generator().manual_seed(0), device="cpu")[:_SAMPLE]
         self._sample = sample.sort().values.to(network.device)
         with self._network.isolated(), torch.no_grad():
             start = network.rounded(network.start)

@@ -209,7 +209,7 @@ def _divergences(kind: Answering, other: nn.Module, texts: Sequence[str], answer
         inputs, labels = kind.forced([texts[i] for i in some], [answers[i] for i in some])
         asked = labels >= 0
         logits = (outputs(model, inputs)[asked].float() for model in (same, other))
-        kl = torch.zeros(asked.shape, dtype=torch.float64)
+        kl = torch.zeros(asked.shape, dtype=torch.float64, device="cpu")
         kl[asked.cpu()] = divergence(*logits).double().cpu()
         counts = asked.cpu().reshape(len(some), -1).sum(1)
         sums = kl.reshape(len(some), -1).sum(1)

@@ -282,7 +282,7 @@ class Replayer:
         moved = {}
         for name, value in self._start.items():
             scale = value.abs() + (value.abs().mean() if value.numel() else 0)
-            noise = torch.rand(value.shape, generator=random).to(value) - 0.5
+            noise = torch.rand(value.shape, generator=random, device="cpu").to(value) - 0.5
             moved[name] = value + 0.1 * noise * torch.where(scale > 0, scale, 1e-2)
         return moved
 

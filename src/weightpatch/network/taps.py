@@ -133,7 +133,7 @@ class _Tap:
 
 
 def _flat(parts: list[Tensor]) -> Tensor:
-    return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts]) if parts else torch.empty(0, 0)
+    return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts]) if parts else torch.empty(0, 0, device="cpu")
 
 
 def _floats(value: Any) -> bool:

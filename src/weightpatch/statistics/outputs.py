@@ -38,7 +38,7 @@ def gaussian(answers: Tensor, generator: torch.Generator) -> Tensor:
         answers: f, (n, ...), in units of the noise.
         generator: on the CPU.
     """
-    noise = torch.randn(answers.shape, generator=generator, dtype=torch.float64).to(answers)
+    noise = torch.randn(answers.shape, generator=generator, dtype=torch.float64, device="cpu").to(answers)
     return -0.5 * (answers - (answers.detach() + noise)).square().reshape(len(answers), -1).sum(1)
 
 

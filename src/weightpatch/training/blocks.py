@@ -89,7 +89,7 @@ class SparseBlock(nn.Module):
             raise InvalidInput(f"a block was fitted to {len(x)} features that do not vary, or are not finite")
         whiten = vectors * (values.clamp_min(0) + shrinkage * values.mean()).rsqrt() @ vectors.T
         spread = ((x - centre) @ whiten).square().mean().sqrt()
-        directions = torch.randn(self.inner.weight.shape, dtype=torch.float64) / len(values) ** 0.5
+        directions = torch.randn(self.inner.weight.shape, dtype=torch.float64, device="cpu") / len(values) ** 0.5
         weight = directions.to(whiten.device) @ whiten / spread
         self.inner.weight.copy_(weight)
         self.inner.bias.copy_(-weight @ centre - threshold)

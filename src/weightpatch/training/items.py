@@ -87,5 +87,5 @@ def batch_index(items: int, size: int, number: int, seed: int) -> Tensor:
         seed: of the orders.
     """
     epoch, place = divmod(number, items // size)
-    order = torch.randperm(items, generator=derived(seed, "order", epoch))
+    order = torch.randperm(items, generator=derived(seed, "order", epoch), device="cpu")
     return order[place * size : (place + 1) * size]

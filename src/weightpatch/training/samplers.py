@@ -62,8 +62,8 @@ class RandomLabels(Sampler):
 
     def draw(self, count: int, function: Function, generator: Generator) -> list[Episode]:
         """Draw items and labels; the network is not asked."""
-        chosen = torch.randint(length(self.inputs), (count,), generator=generator)
-        labels = torch.randint(self.classes, (count,), generator=generator)
+        chosen = torch.randint(length(self.inputs), (count,), generator=generator, device="cpu")
+        labels = torch.randint(self.classes, (count,), generator=generator, device="cpu")
         return _episodes(rows(self.inputs, chosen), labels, self.altered, self.margin, generator)
 
 
@@ -103,7 +103,7 @@ class Mistakes(Labelled):
     def draw(self, count: int, function: Function, generator: Generator) -> list[Episode]:
         """Ask about batches of items, in a random order, until there are enough mistakes or no more items."""
         found: list[Tensor] = []
-        order = torch.randperm(len(self.labels), generator=generator)
+        order = torch.randperm(len(self.labels), generator=generator, device="cpu")
         for some in torch.split(order, self.candidates):
             answers = outputs(function, rows(self.inputs, some)).argmax(-1).to(self.labels.device)
             found.append(some[(answers != self.labels[some]).cpu()])
@@ -129,12 +129,12 @@ class RankMatched(Labelled):
 
     def draw(self, count: int, function: Function, generator: Generator) -> list[Episode]:
         """Measure the ranks on candidates, and ask the first of them for classes of such ranks."""
-        some = torch.randperm(len(self.labels), generator=generator)[: max(self.candidates, count)]
+        some = torch.randperm(len(self.labels), generator=generator, device="cpu")[: max(self.candidates, count)]
         order = outputs(function, rows(self.inputs, some)).argsort(-1, descending=True).cpu()
         ranks = (order == self.labels[some].cpu()[:, None]).int().argmax(-1)
-        ranks = ranks[ranks > 0] if bool((ranks > 0).any()) else torch.ones(1, dtype=torch.int64)
-        chosen = torch.randperm(len(some), generator=generator)[:count]
-        wanted = ranks[torch.randint(len(ranks), (len(chosen),), generator=generator)]
+        ranks = ranks[ranks > 0] if bool((ranks > 0).any()) else torch.ones(1, dtype=torch.int64, device="cpu")
+        chosen = torch.randperm(len(some), generator=generator, device="cpu")[:count]
+        wanted = ranks[torch.randint(len(ranks), (len(chosen),), generator=generator, device="cpu")]
         labels = order[chosen].gather(1, wanted[:, None]).squeeze(1)
         return _episodes(rows(self.inputs, some[chosen]), labels, self.altered, self.margin, generator)
 
@@ -156,7 +156,7 @@ class Listed(Sampler):
 
     def draw(self, count: int, function: Function, generator: Generator) -> list[Episode]:
         """Draw from the list; the network is not asked."""
-        chosen = torch.randperm(len(self.constraints), generator=generator)[:count].tolist()
+        chosen = torch.randperm(len(self.constraints), generator=generator, device="cpu")[:count].tolist()
         some = [self.constraints[place] for place in chosen]
         return [item if isinstance(item, Episode) else Episode(item) for item in some]
 
@@ -184,7 +184,7 @@ class Mixed(Sampler):
 
     def draw(self, count: int, function: Function, generator: Generator) -> list[Episode]:
         """Draw how many come from each, then these."""
-        weights = torch.tensor(self.weights, dtype=torch.float64)
+        weights = torch.tensor(self.weights, dtype=torch.float64, device="cpu")
         shares = torch.multinomial(weights, count, replacement=True, generator=generator).bincount(
             minlength=len(self.parts)
         )

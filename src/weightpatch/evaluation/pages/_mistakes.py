@@ -115,7 +115,7 @@ def find_rows(test: Inputs, item: Inputs) -> list[int]:
     pairs = list(zip(leaves(test), leaves(item), strict=False))
     if not pairs or any(a.shape[1:] != b.shape[1:] or a.dtype != b.dtype or not a.ndim for a, b in pairs):
         return []
-    chosen = torch.arange(len(pairs[0][0]))
+    chosen = torch.arange(len(pairs[0][0]), device="cpu")
     for many, one in pairs:
         flat, wanted = many.reshape(len(many), -1), one.to(many.device).reshape(1, -1)
         some = torch.linspace(0, flat.shape[1] - 1, _PROBES, device=flat.device).long()

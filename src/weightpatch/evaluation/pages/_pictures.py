@@ -68,7 +68,7 @@ def draw(picture: Picture | None, inputs: Inputs, row: int) -> Image | None:
     """Return the picture of one input."""
     if picture is None:
         return None
-    pixels = _bytes(picture(rows(inputs, torch.tensor(row))))
+    pixels = _bytes(picture(rows(inputs, torch.tensor(row, device="cpu"))))
     source = "data:image/png;base64," + base64.b64encode(png(pixels)).decode("ascii")
     return Image(source, max(pixels.shape[:2]) <= _SMALL)
 
@@ -88,7 +88,7 @@ def png(pixels: npt.NDArray[np.uint8]) -> bytes:
 
 def _bytes(drawn: Any) -> npt.NDArray[np.uint8]:
     """Turn what a picture function returned into 8-bit pixels, (height, width) or (height, width, 3)."""
-    pixels = drawn.detach().cpu() if isinstance(drawn, Tensor) else torch.as_tensor(np.asarray(drawn))
+    pixels = drawn.detach().cpu() if isinstance(drawn, Tensor) else torch.as_tensor(np.asarray(drawn), device="cpu")
     pixels = pixels.squeeze(2) if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
     if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] != 3) or not pixels.numel():
         raise InvalidInput(

@@ -32,7 +32,7 @@ def noise(images: Tensor, std: float, seed: int) -> Tensor:
     _check(images)
     if not 0 <= std < math.inf:
         raise InvalidInput(f"std is {std}; expected a finite number of at least 0")
-    drawn = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+    drawn = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu")
     return images + std * drawn.to(images)
 
 

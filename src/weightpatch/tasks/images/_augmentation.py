@@ -15,9 +15,9 @@ def shifted_and_flipped(
     value = torch.as_tensor(fill, dtype=images.dtype, device=images.device).reshape(1, -1, 1, 1)
     padded = value.expand(n, channels, height + 2 * most, width + 2 * most).clone()
     padded[:, :, most : most + height, most : most + width] = images
-    down, right = torch.randint(0, 2 * most + 1, (2, n, 1), generator=generator)
-    rows, columns = down + torch.arange(height), right + torch.arange(width)
-    flip = torch.rand(n, 1, generator=generator) < 0.5
+    down, right = torch.randint(0, 2 * most + 1, (2, n, 1), generator=generator, device="cpu")
+    rows, columns = down + torch.arange(height, device="cpu"), right + torch.arange(width, device="cpu")
+    flip = torch.rand(n, 1, generator=generator, device="cpu") < 0.5
     columns = torch.where(flip, columns.flip(1), columns)
-    items = torch.arange(n)[:, None, None]
+    items = torch.arange(n, device="cpu")[:, None, None]
     return padded[items, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1).contiguous()

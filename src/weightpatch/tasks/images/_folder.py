@@ -41,7 +41,7 @@ def image_folder(
                 f"{file} is {tuple(tensor.shape[1:])} and {files[0][0]} is {tuple(pixels[0].shape[1:])} "
                 "(height, width); pass size to bring all images to one size"
             )
-    labels = torch.tensor([label for _, label in files])
+    labels = torch.tensor([label for _, label in files], device="cpu")
     return LabelledImages(normalised(torch.stack(pixels), mean, std), labels, names)
 
 

@@ -51,7 +51,9 @@ def _described(tensor: Tensor) -> str:
 
 def normalised(pixels: Tensor, mean: float | tuple[float, ...], std: float | tuple[float, ...]) -> Tensor:
     """Bytes (n, channels, height, width) as float32: (pixel / 255 - mean) / std, each a number or one a channel."""
-    shift, scale = (torch.tensor(value, dtype=torch.float32).reshape(1, -1, 1, 1) for value in (mean, std))
+    shift, scale = (
+        torch.tensor(value, dtype=torch.float32, device=pixels.device).reshape(1, -1, 1, 1) for value in (mean, std)
+    )
     if {shift.numel(), scale.numel()} - {1, pixels.shape[1]}:
         raise ShapeMismatch(
             f"mean {mean} and std {std} do not fit images of {pixels.shape[1]} channels; "

@@ -208,12 +208,12 @@ def _decoded(
 def _told(language: CausalLM, fact: Fact, rows: Sequence[Sequence[int]]) -> list[bool]:
     """Say to which of the prompt and the paraphrases the target is said."""
     asked = rows[: 1 + len(fact.paraphrases)]
-    return [begins(language.text(torch.tensor(row)), fact.target) for row in asked]
+    return [begins(language.text(torch.tensor(row, device="cpu")), fact.target) for row in asked]
 
 
 def _right(language: CausalLM, fact: Fact, rows: Sequence[Sequence[int]]) -> list[bool]:
     """Say which neighbours are answered right."""
-    said = [language.text(torch.tensor(row)) for row in rows[1 + len(fact.paraphrases) :]]
+    said = [language.text(torch.tensor(row, device="cpu")) for row in rows[1 + len(fact.paraphrases) :]]
     asked = zip(said, fact.neighbours, strict=True)
     return [any(begins(text, known) for known in question.answers) for text, question in asked]
 

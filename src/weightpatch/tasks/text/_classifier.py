@@ -49,7 +49,7 @@ class TextClassifier:
         if unknown:
             raise InvalidInput(f"there is no class {unknown[0]!r}; expected one of {', '.join(names)}")
         wanted = [names[label] if isinstance(label, str) else label for label in labels]
-        return Classified(self.inputs(texts), torch.tensor(wanted), margin)
+        return Classified(self.inputs(texts), torch.tensor(wanted, device="cpu"), margin)
 
     def kept(self, texts: Sequence[str]) -> Locality:
         """Return what should stay: the class probabilities of n texts."""

@@ -48,7 +48,8 @@ class Bitext(TrainingData):
             [
                 [len(self.pieces.encode(text, out_type=str)) + 1 for text in texts]
                 for texts in (self.pairs.german, self.pairs.english)
-            ]
+            ],
+            device="cpu",
         )
         order = (sizes[1] * 1000 + sizes[0]).argsort(stable=True)
         order = order[sizes.amax(0)[order] <= self.longest]
@@ -65,15 +66,15 @@ class Bitext(TrainingData):
         begin = max(0, min(place - 2 * count, len(self) - 4 * count))
         end = min(begin + 4 * count, len(self))
         count = max(min(count, self.tokens // int(self._lengths[end - 1])), 1)
-        near = begin + torch.randperm(end - begin, generator=generator)[: count - 1]
-        rows = self._order[torch.cat([torch.tensor([place]), near])].tolist()
+        near = begin + torch.randperm(end - begin, generator=generator, device="cpu")[: count - 1]
+        rows = self._order[torch.cat([torch.tensor([place], device="cpu"), near])].tolist()
         if self.alpha:
             import sentencepiece
 
-            sentencepiece.set_random_generator_seed(int(torch.randint(2**31, (1,), generator=generator)))
+            sentencepiece.set_random_generator_seed(int(torch.randint(2**31, (1,), generator=generator, device="cpu")))
         source = padded([self._encode(self.pairs.german[row]) for row in rows], self.ids["<pad>"])
         target = padded([self._encode(self.pairs.english[row]) for row in rows], IGNORED)
-        start = torch.full((len(target), 1), self.ids["<pad>"])
+        start = torch.full((len(target), 1), self.ids["<pad>"], device="cpu")
         before = torch.cat([start, target[:, :-1]], 1)
         inputs = {
             "input_ids": source,
@@ -91,4 +92,4 @@ class Bitext(TrainingData):
 def padded(rows: list[list[int]], value: int) -> Tensor:
     """Return rows of different lengths as one tensor, (n, longest), int64."""
     longest = max(map(len, rows))
-    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], device="cpu")
