@@ -13,7 +13,7 @@ from .editors.base import parts
 from .editors.metric import Metric
 from .errors import InvalidInput
 from .locality import Locality
-from .network import GATE, Network, select, with_slots, with_taps
+from .network import GATE, Network, is_linear, is_transposed, select, with_slots, with_taps
 from .statistics import called, categorical, second_moments
 
 __all__ = ["prepared"]
@@ -56,7 +56,7 @@ def _taps(editor: Editor) -> list[str]:
 def _completed(auto: Auto, model: nn.Module, parameters: str | Sequence[str], keep: Locality) -> Auto:
     """Give the ladder its usual rungs for this model, with statistics of what is kept."""
     weights = dict(model.named_parameters())
-    late = [name for name in called(model, keep.inputs, parameters=parameters) if weights[name][0].numel() < _WIDEST]
+    late = [name for name in called(model, keep.inputs, parameters=parameters) if _sides(model)[name][1] < _WIDEST]
     readouts = [name for name in called(model, keep.inputs) if weights[name].ndim == 2]
     metric = _metric(model, late[-4:], keep) if late else None
     gate = _layer(model, weights[readouts[-1]]) if readouts else None
@@ -68,15 +68,25 @@ def _metric(model: nn.Module, names: Sequence[str], keep: Locality) -> Metric:
 
     Of fewer answers most directions of the outputs would not be seen, and seem free.
     """
-    weights, chosen = dict(model.named_parameters()), [escape(name) for name in names]
+    sides, chosen = _sides(model), [escape(name) for name in names]
     answers = check_batch(keep.inputs, "Locality") if keep.mask is None else int(keep.mask.sum())
-    seen = all(len(weights[name]) <= min(answers, _WIDEST) for name in names)
+    seen = all(sides[name][0] <= min(answers, _WIDEST) for name in names)
     moments = second_moments(model, keep, parameters=chosen, likelihood=categorical if seen else None)
     matter = all(layer.fisher is not None and bool(layer.fisher.any()) for layer in moments.layers.values())
     return moments.metric(_SHRINKAGE, output_shrinkage=_OUTPUT_SHRINKAGE if matter else None)
 
 
+def _sides(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return how many outputs and inputs a layer with such a weight has."""
+    turned = {id(module.weight) for module in model.modules() if is_transposed(module)}
+    found = {}
+    for name, weight in model.named_parameters():
+        sides = (len(weight), weight[0].numel()) if weight.ndim > 1 and len(weight) else (weight.numel(), 1)
+        found[name] = sides[::-1] if id(weight) in turned else sides
+    return found
+
+
 def _layer(model: nn.Module, weight: nn.Parameter) -> str | None:
     """Return the linear layer with this weight: a tied one is first named after the embedding that shares it."""
-    found = [n for n, module in model.named_modules() if isinstance(module, nn.Linear) and module.weight is weight]
+    found = [n for n, module in model.named_modules() if is_linear(module) and module.weight is weight]
     return found[-1] if found else None

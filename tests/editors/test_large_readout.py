@@ -134,8 +134,8 @@ def test_memory_is_that_of_a_few_copies():
     alive: list[int] = []
     linearise = wp.editors.minimum_norm._Search.linearise
 
-    def noted(search: object) -> bool:
-        more = linearise(search)
+    def noted(search: object, **told: bool) -> bool:
+        more = linearise(search, **told)
         cuts = search._cuts
         alive.append(sum(vector.values.nbytes for vector in (*cuts._rows, *cuts._moves)))
         return more

@@ -144,6 +144,27 @@ def test_a_contradiction_of_linearised_demands_alone_is_not_called_one():
     raise AssertionError("no case was found that shows anything")
 
 
+def test_where_nothing_meets_the_demands_the_best_place_is_returned(monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x = drawn(6, 3)
+    fix = Classified(x, (model(x).argmax(1) + 1) % 3, margin=100.0)  # more than the readout can tell apart
+    network = wp.network.Network(model, "0.*")
+    problem = wp.problem.Problem(network.start, network.at, fix)
+    seen: list[float] = []
+    note = wp.editors.minimum_norm._Search._note
+
+    def noted(search: object, violation: float) -> None:
+        seen.append(violation)
+        note(search, violation)
+
+    monkeypatch.setattr(wp.editors.minimum_norm._Search, "_note", noted)
+    found = MinimumNorm(radius=50.0, max_steps=200).run(problem)  # wide: rounds make things worse, too
+    assert float(problem.violation(found.params).clamp_min(0).sum()) == pytest.approx(min(seen), rel=1e-12)
+    assert seen[-1] > min(seen)
+    assert found.steps < 200
+
+
 def test_kept_samples_join_when_they_matter():
     model, x = head(), drawn(30, 6)
     top = model(x).argmax(1)

@@ -136,7 +136,7 @@ class Space:
         for parts in given:
             factors = parts[layer.weight].factors
             assert factors is not None
-            left, right = factors
+            left, right = reversed(factors) if layer.transposed else factors
             if bias is not None:  # a column more: the product of the bias and the last unit vector
                 left = torch.cat([left, parts[bias].whole(self._start[bias].shape)[None]])
                 right = functional.pad(right, (0, 1, 0, 1))
@@ -146,13 +146,16 @@ class Space:
         ranks, like = [len(factors.left) for factors in joined], self._start[layer.weight]
         found = []
         for left, right in zip(*(torch.split(side, ranks) for side in moved), strict=True):
-            found.append({layer.weight: empty(like, Factors(left, right[:, : like.shape[1]]))})
+            kept = right if bias is None else right[:, :-1]
+            sides = (kept, left) if layer.transposed else (left, kept)
+            found.append({layer.weight: empty(like, Factors(*sides))})
             if bias is not None:
                 found[-1][bias] = Part(None, right[:, -1] @ left)
         return found
 
     def _plainly_applied(self, metric: Metric, parts: dict[str, Part], eps: float) -> dict[str, Part]:
-        by_rows = not metric.two_sided and all(len(layer.second) == 1 for layer in metric.layers.values())
+        mixed = any(len(layer.second) > 1 or layer.transposed for layer in metric.layers.values())
+        by_rows = not metric.two_sided and not mixed
         if not by_rows or all(part.rows is None for part in parts.values()):
             whole = {name: part.whole(self._start[name].shape) for name, part in parts.items()}
             return {name: Part(None, value) for name, value in metric.applied(whole, eps)[0].items()}

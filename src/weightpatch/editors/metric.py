@@ -39,6 +39,7 @@ class LayerMetric:
         fisher: None, or E[Σ g gᵀ], summed over the positions of one item, with g the gradient of a sampled answer's
             log-likelihood with respect to y, per group of channels, (groups, out / groups, out / groups), float64.
         output_shrinkage: G is ``fisher`` plus this share of its mean eigenvalue on the diagonal.
+        transposed: whether the weight is (fan_in, out), as that of the Conv1D of transformers: Δ is its transpose.
     """
 
     weight: str
@@ -49,6 +50,7 @@ class LayerMetric:
     energy: float | None = None
     fisher: Tensor | None = None
     output_shrinkage: float = 0.01
+    transposed: bool = False
     _made: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
     def inverse(self, like: Tensor, *, with_weight: bool = True, with_bias: bool = True) -> Tensor:
@@ -184,6 +186,7 @@ class Metric:
 def _joined(layer: LayerMetric, params: Params) -> tuple[Tensor, dict[str, bool]]:
     """Return weight and bias as one matrix per group, (groups, out / groups, d), and which of the two there are."""
     weight, bias = params.get(layer.weight), None if layer.bias is None else params.get(layer.bias)
+    weight = weight.mT if weight is not None and layer.transposed else weight
     some = weight if weight is not None else bias
     assert some is not None
     groups, rows = len(layer.second), len(some)
@@ -196,8 +199,10 @@ def _apart(layer: LayerMetric, joined: Tensor, like: Params) -> Params:
     """Return weight and bias by name, with the shapes that they have in `like`."""
     found: Params = {}
     if layer.weight in like:
-        fan_in = like[layer.weight][0].numel()
-        found[layer.weight] = joined[..., :fan_in].reshape(like[layer.weight].shape)
+        shape = like[layer.weight].shape
+        found[layer.weight] = (
+            joined[0, :, : shape[0]].mT if layer.transposed else joined[..., : shape[1:].numel()].reshape(shape)
+        )
     if layer.bias is not None and layer.bias in like:
         found[layer.bias] = joined[..., -1].reshape(like[layer.bias].shape)
     return found

@@ -26,6 +26,7 @@ _RIVALS = 24  # added in a round, of all its demands: of thousands of classes fe
 _ROUND = 5e8  # bytes that the rivals of one round may take
 _EQUATIONS = 256  # outputs of one demand up to which each is an equation of its own
 _TOGETHER = 64  # rivals of one demand in a round where answers are not affine, where each is a backward pass
+_PATIENCE = 12  # rounds where answers are not affine that bring the demands no nearer
 _BEYOND = 0.05  # by which share of its violation a demand that is not affine is overshot
 
 
@@ -67,16 +68,15 @@ class MinimumNorm(Editor):
 
     def run(self, problem: Problem) -> Solution:
         """Add linearised demands until none is violated, or until they contradict each other."""
-        search = _Search(self.metric, problem)
-        for steps in range(self.max_steps):
-            if not search.linearise():
-                return search.solution(steps)
+        search, steps = _Search(self.metric, problem), 0
+        while search.linearise(last=steps == self.max_steps):
             dual = search.solve()
             if not dual.feasible:
                 search.look_around()
                 return search.solution(steps, dual)
             search.move(dual, self.radius)
-        return search.solution(self.max_steps)
+            steps += 1
+        return search.solution(steps)
 
 
 class _Search:
@@ -95,6 +95,7 @@ class _Search:
         self._size = math.sqrt(sum(float(p.double().square().sum()) for p in problem.start.values()))
         self._eps = max(torch.finfo(value.dtype).eps for value in problem.start.values())
         self.affine, self._demands = True, 0
+        self._best, self._since = (math.inf, self._delta), 0  # the least violation in sum, and where; rounds since then
         self._leading: dict[int, list[int]] = {}  # of each demand, the rivals that the last round linearised
         self._restart()
 
@@ -105,15 +106,17 @@ class _Search:
         """Forget every linearisation, and measure from here."""
         self._cuts = Cuts(self._space, self._metric, self._eps, self._delta)
 
-    def linearise(self) -> bool:
-        """Add the demands that are violated here; say whether there was one that may be met."""
+    def linearise(self, *, last: bool = False) -> bool:
+        """Add the demands that are violated here; say whether there was one that may be met in rounds to come."""
         params = {name: value.requires_grad_() for name, value in self._space.moved(self._delta).items()}
         with torch.enable_grad():
             pieces = self._problem.constraint.pieces(self._problem.at(params))
             violation = torch.cat([piece.violation for piece in pieces])
         self._demands = len(violation)
         values = violation.detach().double()
-        if not bool((values > 0).any()) or not bool(values.isfinite().all()):
+        self._note(float(values.clamp_min(0).sum()))
+        met, finite = not bool((values > 0).any()), bool(values.isfinite().all())
+        if last or met or not finite or self._since > _PATIENCE:
             return False
         if not violation.requires_grad:
             raise NotEditable(f"the constraint does not depend on {sorted(self._names)}; choose other parameters")
@@ -135,6 +138,13 @@ class _Search:
                     hope = self._add_ball(first + place, residual, piece.radius, moved) or hope
             first += len(piece.violation)
         return hope
+
+    def _note(self, violation: float) -> None:
+        """Note where the search has been; where answers are affine a later round is the better one."""
+        if violation < self._best[0] or self.affine:
+            self._best, self._since = (violation, self._delta), 0
+        else:
+            self._since += 1
 
     def _add(self, demand: int, violation: Tensor, value: float, moved: list[Tensor]) -> int:
         """Add one demand, linearised; return the bytes of its row."""
@@ -206,12 +216,12 @@ class _Search:
         self.affine = self.affine and self._affine_towards(self._cuts.change(self._cuts.weights + self._cuts.alone()))
 
     def solution(self, steps: int, dual: Dual | None = None) -> Solution:
-        """Return where the search is, with the multipliers of each demand."""
+        """Return the best place of the search, with the multipliers of each demand."""
         weights = self._cuts.weights if dual is None else dual.multipliers
         each = self._cuts.of_demands(weights, self._demands)
         bad = () if dual is None or dual.feasible else tuple((each > 1e-9 * each.max()).nonzero().squeeze(1).tolist())
         certificate = Certificate(each, bad, self.affine, 0.0 if bad else self._cuts.gap(weights))
-        return Solution(self._space.moved(self._delta), steps, certificate)
+        return Solution(self._space.moved(self._best[1]), steps, certificate)
 
     def _affine_towards(self, target: Vector) -> bool:
         """Compare the demands' answers there with those interpolated from here and from well beyond."""

@@ -22,6 +22,7 @@ _RANK = 64  # looked for at most
 _EXTRA = 8  # random directions beyond the rank
 _POSITIONS = 64  # of all outputs, for each rank looked for: the search stays cheap beside the convolution
 _ROUNDING = 8 * 2.0**-24  # as many roundings of the weights in float32: what an editor's own steps leave
+_TINY = 1e-30  # nothing beside a variance of 1, where some releases of torch refuse 0
 _CANCELLED = 1e-5  # of a sum of squares, that float32 loses
 
 
@@ -40,7 +41,7 @@ class Corrected(Step):
         """Correct the product, which is left as it is; U is given as ``s ⊙ U``, and s is in float32."""
         scale, shift, left, right = weights
         product, x = args[:2]
-        y = F.batch_norm(product, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, eps=0.0)
+        y = F.batch_norm(product, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, eps=_TINY)
         if self.conv.adds:
             y.add_(args[2])
         if len(right):

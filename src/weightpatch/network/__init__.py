@@ -2,6 +2,7 @@
 
 from .clone import structural_clone
 from .isolation import preserved_rng, twice_differentiable, uncached_casts
+from .linear import is_linear, is_transposed
 from .live import LiveNetwork
 from .network import Network
 from .passes import Recording
@@ -19,6 +20,8 @@ __all__ = [
     "check_finite",
     "explain",
     "given",
+    "is_linear",
+    "is_transposed",
     "moved",
     "noted",
     "preserved_rng",

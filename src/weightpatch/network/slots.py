@@ -16,6 +16,7 @@ from .._calling import Function, Inputs, call
 from ..errors import InvalidInput
 from ..gates import KEY, gate_of, gated
 from .clone import structural_clone
+from .linear import is_transposed
 
 __all__ = ["GATE", "given", "noted", "with_slots"]
 
@@ -55,7 +56,7 @@ def with_slots(model: nn.Module, layer: str, slots: int) -> nn.Module:
         linear = [name for name, part in model.named_modules() if isinstance(part, nn.Linear) and name]
         near = difflib.get_close_matches(layer, linear, 3, 0.3) or linear[-3:]
         raise InvalidInput(f"a gate was asked for at layer={layer!r}; the model's linear layers are {', '.join(near)}")
-    out, width = reversed(weight.shape) if hasattr(module, "nf") else weight.shape  # Conv1D of transformers has nf
+    out, width = reversed(weight.shape) if is_transposed(module) else weight.shape
     room = _Room(layer)
     if (earlier := gate_of(module)) is not None:  # of patches that are on: one book with the new keys, as when applied
         module._forward_hooks.pop(KEY)

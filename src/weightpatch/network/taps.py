@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import InvalidInput
 from .clone import structural_clone
+from .linear import is_transposed
 
 __all__ = ["Seen", "moved", "tapped", "with_taps"]
 
@@ -54,7 +55,7 @@ class Seen:
         if x is not None:
             self.given.setdefault(name, []).append(x.detach())
         self.answered.setdefault(name, []).append(y.detach())
-        if not isinstance(module, nn.Linear) and hasattr(module, "nf"):
+        if is_transposed(module):
             self.transposed.add(name)
         added = self._added.get(name)
         if added is None:

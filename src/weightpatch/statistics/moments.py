@@ -19,7 +19,7 @@ from .._calling import Inputs, call, check_batch, rows
 from ..editors import LayerMetric, Metric
 from ..errors import InvalidInput
 from ..locality import Locality
-from ..network import check_finite, select, structural_clone
+from ..network import check_finite, is_linear, is_transposed, select, structural_clone
 from ..patches import fingerprint
 from ..patches.files import write
 from .outputs import Likelihood, Probes
@@ -43,6 +43,7 @@ class LayerMoments:
         count: over how many positions: items of a linear layer, items times positions of a convolution.
         fisher: Σ g gᵀ of the gradients g of sampled answers' log-likelihood with respect to the outputs, per group,
             (groups, out / groups, out / groups), float64; None where they were not asked for.
+        transposed: whether the weight is (fan_in, out), as that of the Conv1D of transformers.
     """
 
     weight: str
@@ -51,11 +52,12 @@ class LayerMoments:
     power: float
     count: int
     fisher: Tensor | None = None
+    transposed: bool = False
 
     def __add__(self, other: LayerMoments) -> LayerMoments:
         fisher = None if self.fisher is None or other.fisher is None else self.fisher + other.fisher
         total, power, count = self.total + other.total, self.power + other.power, self.count + other.count
-        return LayerMoments(self.weight, self.bias, total, power, count, fisher)
+        return replace(self, total=total, power=power, count=count, fisher=fisher)
 
 
 @final
@@ -123,9 +125,8 @@ class Moments:
         for name, layer in self.layers.items():
             fisher = None if output_shrinkage is None or layer.fisher is None else layer.fisher / self.items
             second, power = layer.total / layer.count, layer.power / layer.count
-            made[name] = LayerMetric(
-                name, layer.bias, second, power, shrinkage, energy, fisher, output_shrinkage or math.inf
-            )
+            shrunk = (shrinkage, energy, fisher, output_shrinkage or math.inf)
+            made[name] = LayerMetric(name, layer.bias, second, power, *shrunk, transposed=layer.transposed)
         return Metric(made)
 
     def _check_outputs(self) -> None:
@@ -142,7 +143,11 @@ class Moments:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, whole or not at all."""
-        told = {n: {"bias": layer.bias, "power": layer.power, "count": layer.count} for n, layer in self.layers.items()}
+        told = {
+            name: {"bias": layer.bias, "power": layer.power, "count": layer.count}
+            | ({"transposed": True} if layer.transposed else {})
+            for name, layer in self.layers.items()
+        }
         fishers = {f"{n}.{_FISHER}": layer.fisher for n, layer in self.layers.items() if layer.fisher is not None}
         facts = {
             "format": _FORMAT,
@@ -202,8 +207,8 @@ def second_moments(
         model: any eager module.
         inputs: reference items: one batch, which is taken apart, or batches, which are not. Of a `Locality`, only the
             positions of its mask count, (n, length), where a linear layer is given (n, length, width): no padding.
-        parameters: the layers are those with such a weight, as globs; `torch.nn.Linear`, `Conv1d` and `Conv2d` count
-            where the model calls them as modules.
+        parameters: the layers are those with such a weight, as globs; `torch.nn.Linear`, `Conv1d`, `Conv2d`, and the
+            `Conv1D` of transformers count where the model calls them as modules.
         batch_size: items a pass.
         likelihood: draws answers and returns their log-likelihood: `categorical` for classifiers, `gaussian` for
             regressions, or one of your own: from answers (n, ...) and a generator to (n,), differentiable. With a mask
@@ -278,7 +283,7 @@ def _chosen(model: nn.Module, names: Sequence[str], asked: object) -> list[tuple
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     found: list[tuple[str, str | None, nn.Module]] = []
     for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) and first.get(id(module.weight)) in names:
+        if (is_linear(module) or isinstance(module, (nn.Conv1d, nn.Conv2d))) and first.get(id(module.weight)) in names:
             bias = None if module.bias is None else first[id(module.bias)]
             found.append((first[id(module.weight)], bias, module))
     if not found:
@@ -291,13 +296,14 @@ def _noting(
 ) -> Any:
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         x, y, mask = (args[0] if args else kwargs["input"]).detach(), output.detach(), counted[0]
-        if mask is not None and isinstance(module, nn.Linear) and x.shape[:-1] == mask.shape:
+        if mask is not None and is_linear(module) and x.shape[:-1] == mask.shape:
             x, y = x[mask], y[mask]
         keys = _keys(module, x).double()
         ones = keys.new_ones(*keys.shape[:-1], 1)
         keys = torch.cat([keys, ones], -1)
         count = keys.shape[1]
-        found = LayerMoments(weight, bias, keys.mT @ keys, float(y.double().square().sum()), count)
+        power = float(y.double().square().sum())
+        found = LayerMoments(weight, bias, keys.mT @ keys, power, count, transposed=is_transposed(module))
         sums[weight] = sums[weight] + found if weight in sums else found
         return output if probes is None else probes.probed(weight, module, output)
 
@@ -306,7 +312,7 @@ def _noting(
 
 def _keys(module: nn.Module, inputs: Tensor) -> Tensor:
     """Return what the weight is multiplied with, (groups, positions, fan_in)."""
-    if isinstance(module, nn.Linear):
+    if is_linear(module):
         return inputs.flatten(0, -2)[None]
     assert isinstance(module, (nn.Conv1d, nn.Conv2d))
     flat = isinstance(module, nn.Conv1d)
@@ -331,9 +337,17 @@ def _batches(inputs: Any, size: int) -> Iterator[Inputs]:
         yield from inputs
 
 
-def _layer(name: str, total: Tensor, fisher: Tensor | None, bias: str | None, power: float, count: int) -> LayerMoments:
+def _layer(
+    name: str,
+    total: Tensor,
+    fisher: Tensor | None,
+    bias: str | None,
+    power: float,
+    count: int,
+    transposed: bool = False,
+) -> LayerMoments:
     for tensor in (total,) if fisher is None else (total, fisher):
         square = tensor.ndim == 3 and tensor.shape[1] == tensor.shape[2] and len(tensor) == len(total)
         if not square or tensor.dtype != torch.float64 or count < 1 or not bool(tensor.isfinite().all()):
             raise ValueError(f"the moments of {name} are {tuple(tensor.shape)} {tensor.dtype} of {count} positions")
-    return LayerMoments(name, bias, total, float(power), int(count), fisher)
+    return LayerMoments(name, bias, total, float(power), int(count), fisher, bool(transposed))

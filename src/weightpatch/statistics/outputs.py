@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .._calling import Function, Inputs, outputs
 from ..errors import InvalidInput, NonFinite
+from ..network import is_linear
 
 __all__ = ["categorical", "gaussian"]
 
@@ -57,8 +58,7 @@ class Probes:
 
     def probed(self, weight: str, module: nn.Module, output: Tensor) -> Tensor:
         """Return the output, with a gradient."""
-        assert isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
-        channels = len(module.weight) // getattr(module, "groups", 1)
+        channels = output.shape[-1 if is_linear(module) else 1] // getattr(module, "groups", 1)
         if channels > _WIDEST:
             raise InvalidInput(
                 f"the layer of {weight} has {channels} outputs, and the second moments of their gradients would be a "
@@ -105,7 +105,7 @@ class Probes:
 
 def _channels(module: nn.Module, outputs: Tensor) -> Tensor:
     """Return a layer's outputs, or their gradients, as (groups, positions, out / groups)."""
-    if isinstance(module, nn.Linear):
+    if is_linear(module):
         return outputs.detach().flatten(0, -2)[None]
     assert isinstance(module, (nn.Conv1d, nn.Conv2d))
     n, channels = outputs.shape[:2]

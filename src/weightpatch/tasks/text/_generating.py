@@ -63,9 +63,14 @@ class Generating(ABC):
         """Return an answer's text, without special tokens."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def decoding(self, text: str) -> Decoding:
-        """Return what generates from one source with any model of this kind, as deployed."""
-        return Decoding(self, self.source(text))
+    def decoding(self, text: str, most: int | None = None) -> Decoding:
+        """Return what generates from one source with any model of this kind, as deployed.
+
+        Args:
+            text: the source or prompt.
+            most: how many tokens of the answer are looked at; all when not given.
+        """
+        return Decoding(self, self.source(text), most)
 
     @torch.no_grad()
     def answers(self, text: str, count: int = 1, *, seed: int | None = None, **settings: Any) -> list[Tensor]:
@@ -137,7 +142,8 @@ class Generating(ABC):
             answer: the answer wanted.
             margin: by how much each token is to win, in logits.
         """
-        return Says(self.source(text), self._tokens(answer, text), self.frame, margin, self.decoding(text))
+        tokens = self._tokens(answer, text)
+        return Says(self.source(text), tokens, self.frame, margin, self.decoding(text, len(tokens)))
 
     def kept(self, texts: Sequence[str], answers: Sequence[str | Tensor] | None = None) -> Locality:
         """Return what should stay: the distribution of every token of these answers; padding does not count.
@@ -223,15 +229,31 @@ class Generating(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Decoding:
-    """Generates from one source with any model of a kind, as deployed; returns the answer's tokens."""
+    """Generates from one source with any model of a kind, as deployed; returns the answer's tokens.
+
+    Attributes:
+        kind: what generates.
+        source: from what.
+        most: where the likeliest token is written each time, writing ends after as many: what follows changes nothing
+            before it.
+    """
 
     kind: Generating
     source: Mapping[str, Tensor]
+    most: int | None = None
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> Tensor:
         """Return the tokens, (tokens,), with the end token where one was written."""
-        return self.kind.trimmed(self.kind.cut(generated(model, self.source, self.kind.settings), self.source)[0])
+        settings = dict(self.kind.settings)
+        if self.most is not None and settings.get("num_beams", 1) == 1 and not settings.get("do_sample"):
+            settings["stopping_criteria"] = [*settings.get("stopping_criteria", ()), self._enough]
+        return self.kind.trimmed(self.kind.cut(generated(model, self.source, settings), self.source)[0])
+
+    def _enough(self, written: Tensor, scores: Any, **told: Any) -> Tensor:
+        """Say of each row whether it is as long as it is looked at."""
+        enough = self.kind.cut(written, self.source).shape[1] >= (self.most or 0)
+        return torch.full(written.shape[:1], enough, dtype=torch.bool, device=written.device)
 
 
 def generated(model: Any, source: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
