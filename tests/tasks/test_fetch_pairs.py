@@ -163,6 +163,19 @@ def damaged(content: bytes) -> bytes:
         ("iwslt14", talks("a\nb", "a\nb")[:-9], 0, "damaged"),
         ("iwslt14", talks("a\nb\n", "a\n"), 0, "2 German and 1 English lines"),
     ],
+    ids=[
+        "page",
+        "cut",
+        "short",
+        "damaged",
+        "languages",
+        "lines",
+        "pairs",
+        "empty",
+        "kind",
+        "cut talks",
+        "lines of talks",
+    ],
 )
 def test_what_is_not_the_corpus_is_refused(script, serve, tmp_path, name, content, missing, told):
     with pytest.raises(InvalidInput) as error:
