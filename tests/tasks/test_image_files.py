@@ -52,6 +52,7 @@ def test_idx(tmp_path: Path, pack: type[bytes]) -> None:
         (struct.pack(">HBB3I", 0, 8, 3, 2**32 - 1, 2**32 - 1, 2**32 - 1), "more than"),
         (encoded(IMAGES[:1]), "1 images and .* 2 labels"),
     ],
+    ids=["empty", "png", "labels", "header", "short", "long", "cut", "sum", "gzip", "huge", "counts"],
 )
 def test_idx_refuses(tmp_path: Path, images: bytes, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):

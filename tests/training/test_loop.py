@@ -83,7 +83,7 @@ def test_a_step_is_clipped(tmp_path: Path):
     before = [p.detach().clone() for p in objective.parameters()]
     settings = replace(SETTINGS, steps=1, clip=1e-3)
     go(tmp_path, objective, (x, y), x, settings, optimiser=lambda o: torch.optim.SGD(o.parameters(), lr=1.0))
-    moved = torch.cat([(p - b).flatten() for p, b in zip(objective.parameters(), before, strict=True)])
+    moved = torch.cat([(p.cpu() - b).flatten() for p, b in zip(objective.parameters(), before, strict=True)])
     assert float(moved.detach().norm()) == pytest.approx(1e-3, rel=1e-3)
 
 
@@ -121,7 +121,7 @@ def test_a_loss_of_nan_leaves_weights_and_statistics(tmp_path: Path):
     before = {name: value.clone() for name, value in objective.state_dict().items()}
     with pytest.raises(NonFinite, match="NaN or infinite 2 times in a row"):
         go(tmp_path, objective, (x, y), x, replace(SETTINGS, bad_steps=2))
-    assert all(torch.equal(value, before[name]) for name, value in objective.state_dict().items())
+    assert all(torch.equal(value.cpu(), before[name]) for name, value in objective.state_dict().items())
     saved = load_file(tmp_path / "bad-batch.safetensors")
     assert saved["0.0"].shape == (8, *x.shape[1:])
     assert saved["1.0.constraint.labels"].shape == (1,)
@@ -142,7 +142,7 @@ def test_the_best_is_chosen_by_the_criterion_and_patience_ends_it(tmp_path: Path
     assert found.best == found.history[0]
     assert found.best.step == 1
     with torch.no_grad():
-        objective.model.eval()
+        objective.model.cpu().eval()
         error = 100 * float((objective.model(x).argmax(1) != y).double().mean())
     assert error == pytest.approx(found.best.base_error)  # the model has the weights that were chosen
     again, x, y = parts()
