@@ -56,7 +56,8 @@ def _taps(editor: Editor) -> list[str]:
 def _completed(auto: Auto, model: nn.Module, parameters: str | Sequence[str], keep: Locality) -> Auto:
     """Give the ladder its usual rungs for this model, with statistics of what is kept."""
     weights = dict(model.named_parameters())
-    late = [name for name in called(model, keep.inputs, parameters=parameters) if _sides(model)[name][1] < _WIDEST]
+    sides = _sides(model)
+    late = [name for name in called(model, keep.inputs, parameters=parameters) if sides[name][1] < _WIDEST]
     readouts = [name for name in called(model, keep.inputs) if weights[name].ndim == 2]
     metric = _metric(model, late[-4:], keep) if late else None
     gate = _layer(model, weights[readouts[-1]]) if readouts else None

@@ -268,3 +268,22 @@ def test_bad_arguments_are_explained():
         kind.forced(TEXTS[:2], [torch.tensor([1])])
     with pytest.raises(InvalidInput, match="does not exist"):
         text.load("no-such-folder")
+
+
+@pytest.mark.parametrize(
+    "told", [{}, {"num_beams": 3}, {"stopping_criteria": [lambda ids, scores, **_: ids[:, 0] < -1]}]
+)
+def test_a_decode_goes_no_further_than_it_is_looked_at_where_that_changes_nothing(name, told, monkeypatch):
+    kind = made(name, **told)
+    kind.model.generation_config.eos_token_id = kind.model.config.eos_token_id = None  # as long as it may be
+    passes = []
+    kind.model.register_forward_hook(lambda *_: passes.append(1))
+    for text_ in TEXTS[:6]:
+        passes.clear()
+        whole, steps = kind.decoding(text_)(kind.model).tolist(), len(passes)
+        assert len(whole) == 7
+        for most in (1, 3, 7, 20):
+            passes.clear()
+            found = kind.decoding(text_, most)(kind.model).tolist()
+            assert found == (whole if "num_beams" in told else whole[:most])
+            assert len(passes) == (steps if "num_beams" in told else min(most, 7))
