@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 from torch import nn
 
 import weightpatch as wp
+from weightpatch._cost import measured
 from weightpatch.constraints import Classified, Constraint
 from weightpatch.editing import solve
 from weightpatch.editors import Editor, Gate, GradientDescent, KeyValue, MinimumNorm, RMSProp
@@ -38,7 +38,7 @@ HERE = Path(__file__).parent
 RESULTS, TABLE = HERE / "results" / "device.json", HERE / "results" / "device.md"
 EDITS = 9
 LAST, WORDS = "model.decoder.layers.2.", 30
-BLOCK = "model.layers.24.mlp.down_proj"  # where language_table.py found facts edited best by most editors
+BLOCK = "model.layers.24.mlp.down_proj"  # the layer that language_table.py chose
 
 Row = dict[str, Any]
 
@@ -47,17 +47,10 @@ def timed(device: torch.device, work: Callable[[], Any], times: int) -> tuple[fl
     """Return the median of milliseconds, after one that warms up, and by how many bytes peak memory grew."""
     took, peak = [], 0
     for _ in range(times + 1):
-        before = 0
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        began = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            peak = max(peak, torch.cuda.max_memory_allocated() - before)
-        took.append(1000 * (time.perf_counter() - began))
+        with measured(device) as cost:
+            work()
+        took.append(1000 * cost.seconds)
+        peak = max(peak, cost.peak_bytes or 0)
     return statistics.median(took[1:]), peak
 
 
@@ -74,7 +67,7 @@ def edits(
         each = given if isinstance(given, list) else [given] * len(demands)
         first, _, view = prepared(model, parameters, each[0], keep)
         todo = list(zip(demands, each if isinstance(given, list) else [first] * len(demands), strict=True))
-        held, queue = [], iter([todo[0], *todo[1:]])
+        held, queue = [], iter(todo)
 
         def one() -> None:
             demand, editor = next(queue)  # noqa: B023
