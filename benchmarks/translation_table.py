@@ -116,27 +116,24 @@ def rows() -> dict[str, Row]:
             return Gate(f"{prefix}fc2", 256)
 
         found |= {
-            f"plain, {layer}, RMSProp": Row(
-                "plain", whole, lambda kind: RMSProp(lr=RATES["RMSProp"], max_steps=100), EDITS
-            ),
-            f"plain, {layer}, MinimumNorm": Row("plain", dense, exact, EDITS),
-            f"plain, {layer}, Preconditioned": Row("plain", dense, conditioned, EDITS),
-            f"plain, {layer}, gate": Row("plain", (f"{prefix}fc2.*",), gate, EDITS),
+            f"plain, {layer}, {name}": Row("plain", some, make, EDITS)
+            for name, some, make in (
+                ("RMSProp", whole, lambda kind: RMSProp(lr=RATES["RMSProp"], max_steps=100)),
+                ("MinimumNorm", dense, exact),
+                ("Preconditioned", dense, conditioned),
+                ("gate", (f"{prefix}fc2.*",), gate),
+                (
+                    "gradient descent",
+                    whole,
+                    lambda kind: GradientDescent(lr=RATES["gradient descent"], max_steps=100),
+                ),
+                ("Adam, fine-tuning", whole, lambda kind: Adam(lr=RATES["Adam"], max_steps=100)),
+                ("LoRA", dense[:1], lambda kind: LowRank(Adam(lr=RATES["LoRA"], max_steps=100), rank=4)),
+                ("RMSProp, Shrink", whole, lambda kind: Shrink(RMSProp(lr=RATES["RMSProp"], max_steps=100))),
+            )
         }
     whole, block = (f"{LAST}*",), (translation.EDITED,)
     found |= {
-        "plain, last layer, gradient descent": Row(
-            "plain", whole, lambda kind: GradientDescent(lr=RATES["gradient descent"], max_steps=100), EDITS
-        ),
-        "plain, last layer, Adam, fine-tuning": Row(
-            "plain", whole, lambda kind: Adam(lr=RATES["Adam"], max_steps=100), EDITS
-        ),
-        "plain, last layer, LoRA": Row(
-            "plain", (f"{LAST}fc1.*",), lambda kind: LowRank(Adam(lr=RATES["LoRA"], max_steps=100), rank=4)
-        ),
-        "plain, last layer, RMSProp, Shrink": Row(
-            "plain", whole, lambda kind: Shrink(RMSProp(lr=RATES["RMSProp"], max_steps=100))
-        ),
         "plain, last layer, RMSProp, preferred": replace(
             found["plain, last layer, RMSProp"], edits=FEWER, preferred=True
         ),

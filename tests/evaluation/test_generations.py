@@ -20,6 +20,7 @@ from weightpatch.errors import InvalidInput
 from weightpatch.evaluation.generations import SlowGenerations
 from weightpatch.network import Network
 from weightpatch.tasks import text
+from weightpatch.tasks.text import _together
 from weightpatch.tasks.text._generating import _STEP, _batches
 from weightpatch.tasks.text._protocol import greedy
 
@@ -88,6 +89,43 @@ def test_forced_tokens_and_answers_as_long_as_the_limit_are_answered_as_by_decod
     found, truth = ({i: t.tolist() for i, t in way.predict(params).changed.items()} for way in (fast, slow))
     assert found == truth
     assert scale < 0.3 or any(len(tokens) == kind.limit for tokens in truth.values())
+
+
+@pytest.mark.parametrize("left", [0.0, 0.8, 1.0])
+@pytest.mark.parametrize("rows", [5, 128])
+@pytest.mark.parametrize("last", [None, 0])
+@pytest.mark.parametrize("first", [None, 5])
+def test_answers_written_together_are_those_of_generate(first, last, rows, left, monkeypatch):
+    monkeypatch.setattr(_together, "_ROWS", rows)
+    monkeypatch.setattr(_together, "_LEFT", left)
+    kind = made("translator")
+    kind.model.generation_config.forced_bos_token_id = first
+    kind.model.generation_config.forced_eos_token_id = last
+    kind.model.generation_config.eos_token_id = [0, *range(6, 30, 3)]
+    with torch.no_grad():
+        kind.model.model.decoder.embed_positions.weight.mul_(40)  # so that it does not say one token for ever
+    network = Network(kind.model, "model.decoder.layers.*")
+    base = kind.generate(TEXTS)
+    writer = _together.together(kind, kind.encoded(TEXTS, network.names), base, last)
+    lengths = set[int]()
+    for scale in (0.0, 0.1, 0.3):
+        model = network.deployed(moved(network, scale))
+        items = range(23, -1, -1)
+        with network.isolated():
+            found = writer(model, items, [len(base[i]) for i in items])
+            truth = kind.generate([TEXTS[i] for i in items], model)
+        assert [row.tolist() for row in found] == [row.tolist() for row in truth]
+        lengths |= {len(row) for row in found}
+    assert {1, 2, 3, kind.limit} <= lengths  # they leave one by one
+
+
+def test_a_model_that_writes_otherwise_is_left_to_generate():
+    kind = made("translator")
+    base, encoded = kind.generate(TEXTS), kind.encoded(TEXTS, ())
+    assert _together.together(kind, encoded, base, None) is not None
+    other = [(tokens + 1) % PAD for tokens in base]
+    assert _together.together(kind, encoded, other, None) is None
+    assert _together.together(kind, lambda some: {}, base, None) is None
 
 
 @given(st.lists(st.integers(1, 40), min_size=0, max_size=7), st.integers(1, 4))

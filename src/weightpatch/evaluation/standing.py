@@ -21,6 +21,7 @@ __all__ = ["ByLogits", "ByStates", "Forced", "Readout", "Standing", "asked", "me
 
 _SAMPLED = 1024  # tokens, of those that moved, on which the divergence is measured
 _AT_ONCE = 2**23  # logits
+_AT_A_TIME = 512  # tokens: fewer take as long each, more are looked at in vain
 
 
 @final
@@ -128,6 +129,7 @@ class ByStates(Standing):
         self._states, self._forced, self._prefix = states, forced, readout.prefix
         self._weight = readout.weight.detach().float()
         self._places = [place for batch in forced for place in batch.places]
+        self._items, self._depths = torch.tensor(self._places, device="cpu").reshape(-1, 2).T
         self._labels = torch.cat([batch.labels[batch.labels >= 0] for batch in forced])
         self._recordings, bias = list[Any](), None
         found, radii, spreads = list[Tensor](), list[Tensor](), list[Tensor]()
@@ -175,9 +177,13 @@ class ByStates(Standing):
         far = (states - self._before).norm(dim=1)
         safe = (far < self._radius) | (far == 0)  # never with NaN
         lost = dict[int, Lost]()
-        for some in self._parts((~safe).nonzero().squeeze(1)):
+        left = (~safe).nonzero().squeeze(1).cpu()
+        left = left[self._depths[left].argsort(stable=True)]
+        while len(left):  # what is behind the first lost place of an item is not looked at
+            some, left = left[:_AT_A_TIME], left[_AT_A_TIME:]
             logits = states[some] @ self._weight.T + self._bias
             _note(lost, [self._places[i] for i in some.tolist()], logits, self._labels[some])
+            left = left[~torch.isin(self._items[left], self._items.new_tensor(list(lost)))]
         return dict(sorted(lost.items())), self._divergence(states, far) / max(1, len(states))
 
     def _divergence(self, states: Tensor, far: Tensor) -> float:

@@ -28,6 +28,7 @@ from weightpatch.patches import fingerprint
 from weightpatch.preparing import prepared
 from weightpatch.tasks.text._generating import Decoding, Generating
 from weightpatch.tasks.text._readout import readout_of
+from weightpatch.tasks.text._together import together
 
 __all__ = ["GenerationReport", "GenerationRow", "evaluate", "generations"]
 
@@ -299,11 +300,14 @@ def generations(kind: Generating, network: Network, texts: Sequence[str]) -> Fas
         begun = end
 
     encoded = kind.encoded(texts, network.names)
+    writer = together(kind, encoded, base, last) if encoded is not None and greedy(kind) else None
 
     def anew(model: nn.Module, items: Sequence[int]) -> list[Tensor]:
         if encoded is None:
             return kind.generate([texts[i] for i in items], model)
         lengths = [len(base[i]) for i in items]
+        if writer is not None:
+            return writer(model, items, lengths)
         return kind.written(model, lengths, lambda some: encoded([items[i] for i in some]))
 
     def force(items: Sequence[int], answers: Sequence[Tensor]) -> tuple[dict[str, Any], Tensor]:
