@@ -237,6 +237,32 @@ def test_neighbours_of_one_shape_are_asked_in_one_pass(asked, causal):
         assert all(before[name] is again[name] for name in before)
 
 
+def test_no_logits_of_a_prompt_are_asked_for_where_the_model_can_leave_them_out():
+    kind = language()
+    assert kind.frame.keeps == "logits_to_keep"
+    source, answer = kind.source("3 4 5 6 7"), torch.tensor([5, 6])
+    rivals = (torch.tensor([8, 1, 2]), torch.tensor([9]))
+    lengths = []
+
+    def function(**inputs):
+        answers = kind.model(**inputs)
+        lengths.append(answers.logits.shape[1])
+        return answers
+
+    whole, few = CausalFrame(pad=0, options={"use_cache": False}), kind.frame
+    for make, asked in (
+        (lambda frame: Says(source, answer, frame, 0.1), 2),
+        (lambda frame: Says(source, answer, frame, 0.1, rivals=rivals), 3),
+        (lambda frame: Preferred(source, answer, rivals, frame), 3),
+        (lambda frame: All((Says(source, answer, frame), Says(kind.source("3 4 5 6"), rivals[0], frame))), 3),
+    ):
+        with torch.no_grad():
+            truth, found = (make(frame).violation(function) for frame in (whole, few))
+        torch.testing.assert_close(found, truth)
+        assert lengths[0] > lengths[1] == asked and len(lengths) == 2  # those of one shape in one pass
+        lengths.clear()
+
+
 def test_demands_whose_options_hold_tensors_are_asked_one_by_one():
     kind = language()
     frame = CausalFrame(pad=0, options={"use_cache": False, "output_hidden_states": torch.tensor(False)})

@@ -50,6 +50,10 @@ class Frame(ABC):
             sequences: m of them, each (tokens,), int64, at least one token.
         """
 
+    def cut(self, inputs: dict[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor]:
+        """Return a batch without the first places, where nothing is asked of any row, as far as the model can."""
+        return inputs, labels
+
     def rows(self, sources: Sequence[Mapping[str, Any]], sequences: Sequence[Tensor]) -> tuple[dict[str, Any], Tensor]:
         """Return one batch, padded on the right, in which every sequence follows a source of its own.
 
@@ -91,7 +95,15 @@ class Seq2SeqFrame(Frame):
 @final
 @dataclass(frozen=True, kw_only=True)
 class CausalFrame(Frame):
-    """Decoder-only models: the sequence follows the source's `input_ids`; padding is on the right and masked."""
+    """Decoder-only models: the sequence follows the source's `input_ids`; padding is on the right and masked.
+
+    Args:
+        keeps: the argument of the model's call that says of how many last places it returns logits, as
+            ``"logits_to_keep"`` of transformers; None where there is none. Those of a long prompt cost more than the
+            rest of an edit.
+    """
+
+    keeps: str | None = None
 
     def batch(self, source: Mapping[str, Any], sequences: Sequence[Tensor]) -> tuple[dict[str, Any], Tensor]:
         """Return `input_ids` and `attention_mask`, and labels."""
@@ -100,6 +112,13 @@ class CausalFrame(Frame):
         whole = [torch.cat([prompt, s.to(prompt)])[:-1] for s in sequences]
         mask = _padded([torch.ones_like(row) for row in whole], 0)
         return {"input_ids": _padded(whole, self.pad), "attention_mask": mask, **self.options}, labels
+
+    def cut(self, inputs: dict[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor]:
+        """Return inputs that ask for no logits of the prompts before the first place that is asked for."""
+        if self.keeps is None:
+            return inputs, labels
+        first = int((labels != IGNORED).any(0).int().argmax())
+        return {**inputs, self.keeps: labels.shape[1] - first}, labels[:, first:]
 
 
 def token_scores(logits: Tensor, labels: Tensor) -> Tensor:
@@ -154,7 +173,7 @@ class Preferred(Constraint):
     @cached_property
     def batch(self) -> tuple[dict[str, Any], Tensor]:
         """The model's inputs and the labels, the same tensors every time, so that passes are replayed."""
-        return self.frame.batch(self.source, (self.target, *self.over))
+        return self.frame.cut(*self.frame.batch(self.source, (self.target, *self.over)))
 
 
 @final
@@ -195,11 +214,10 @@ class Says(Constraint):
     def pieces(self, function: Function) -> list[Piece]:
         """Return the violations, those of tokens with what they are the largest of, shape (tokens, vocabulary)."""
         inputs, labels = self.batch
-        return self.judged(_logits(function, inputs, labels))
+        return self.judged(_logits(function, inputs, labels), labels)
 
-    def judged(self, logits: Tensor) -> list[Piece]:
-        """Return the pieces, of the logits of the batch, (m, length, vocabulary)."""
-        labels = self.batch[1]
+    def judged(self, logits: Tensor, labels: Tensor) -> list[Piece]:
+        """Return the pieces, of the logits of the batch, (m, length, vocabulary), and its labels."""
         asked = labels[0] != IGNORED
         wanted, at = labels[0, asked][:, None], logits[0, asked]
         others = at.scatter(1, wanted, -torch.inf) - at.gather(1, wanted) + self.margin
@@ -213,6 +231,11 @@ class Says(Constraint):
     @cached_property
     def batch(self) -> tuple[dict[str, Any], Tensor]:
         """The model's inputs and the labels, the same tensors every time, so that passes are replayed."""
+        return self.frame.cut(*self.whole)
+
+    @cached_property
+    def whole(self) -> tuple[dict[str, Any], Tensor]:
+        """The same, with every place."""
         return self.frame.batch(self.source, (self.answer, *self.rivals))
 
     def joined(self, other: Constraint) -> Constraint | None:
@@ -243,26 +266,28 @@ class _Together(Constraint):
 
     def violation(self, function: Function) -> Tensor:
         inputs, labels = self._batch
-        logits = torch.split(_logits(function, inputs, labels), [len(part.batch[1]) for part in self.parts])
-        judged = [piece for part, some in zip(self.parts, logits, strict=True) for piece in part.judged(some)]
+        sizes = [len(part.whole[1]) for part in self.parts]
+        logits = torch.split(_logits(function, inputs, labels), sizes)
+        rows = zip(logits, torch.split(labels, sizes), strict=True)
+        judged = [piece for part, own in zip(self.parts, rows, strict=True) for piece in part.judged(*own)]
         return torch.cat([piece.violation for piece in judged])
 
     def joined(self, other: Constraint) -> Constraint | None:
-        if not isinstance(other, Says) or sum(len(part.batch[1]) for part in (*self.parts, other)) > _ROWS:
+        if not isinstance(other, Says) or sum(len(part.whole[1]) for part in (*self.parts, other)) > _ROWS:
             return None
         options = (*self.parts[0].frame.options.values(), *other.frame.options.values())
         if any(isinstance(value, Tensor) for value in options):  # which of its dimensions is that of items?
             return None
-        return _Together((*self.parts, other)) if _shape(*self.parts[0].batch) == _shape(*other.batch) else None
+        return _Together((*self.parts, other)) if _shape(*self.parts[0].whole) == _shape(*other.whole) else None
 
     @cached_property
     def _batch(self) -> tuple[dict[str, Any], Tensor]:
-        batches = [part.batch for part in self.parts]
+        batches = [part.whole for part in self.parts]
         inputs = {
             name: torch.cat([some[name] for some, _ in batches]) if isinstance(value, Tensor) else value
             for name, value in batches[0][0].items()
         }
-        return inputs, torch.cat([labels for _, labels in batches])
+        return self.parts[0].frame.cut(inputs, torch.cat([labels for _, labels in batches]))
 
 
 def _shape(inputs: Mapping[str, Any], labels: Tensor) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -33,7 +34,12 @@ class CausalLM(Generating):
         config: Any = self.model.generation_config
         pad = self.tokenizer.pad_token_id
         pad = pad if pad is not None else config.pad_token_id
-        return CausalFrame(pad=0 if pad is None else int(pad), options={"use_cache": False})
+        some = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        return CausalFrame(
+            pad=0 if pad is None else int(pad),
+            options={"use_cache": False},
+            keeps="logits_to_keep" if some else None,
+        )
 
     def source(self, text: str) -> dict[str, Tensor]:
         """Return `input_ids` and `attention_mask` of the prompt, (1, length)."""
