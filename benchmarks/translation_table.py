@@ -36,6 +36,7 @@ from weightpatch.editors import (
     Editor,
     Gate,
     GradientDescent,
+    KeyValue,
     LowRank,
     MinimumNorm,
     Preconditioned,
@@ -115,6 +116,9 @@ def rows() -> dict[str, Row]:
         def gate(kind: text.Generating, prefix: str = prefix) -> Editor:
             return Gate(f"{prefix}fc2", 256)
 
+        def memit(kind: text.Generating, prefix: str = prefix) -> Editor:
+            return KeyValue.memit(f"{prefix}fc2", metric(kind, (f"{prefix}fc2.weight",)))
+
         found |= {
             f"plain, {layer}, {name}": Row("plain", some, make, EDITS)
             for name, some, make in (
@@ -122,6 +126,7 @@ def rows() -> dict[str, Row]:
                 ("MinimumNorm", dense, exact),
                 ("Preconditioned", dense, conditioned),
                 ("gate", (f"{prefix}fc2.*",), gate),
+                ("MEMIT", (f"{prefix}fc2.weight",), memit),
                 (
                     "gradient descent",
                     whole,

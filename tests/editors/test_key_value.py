@@ -31,7 +31,7 @@ from weightpatch.editors import (
     Shrink,
     Solution,
 )
-from weightpatch.editors.key_value import closed_form
+from weightpatch.editors._closed_form import closed_form
 from weightpatch.errors import InvalidInput
 from weightpatch.network import Network
 from weightpatch.problem import Problem

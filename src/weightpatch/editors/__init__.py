@@ -1,5 +1,6 @@
 """Editors: how parameters move until a constraint holds. One method a file; wrappers instead of subclasses."""
 
+from ._closed_form import NormalisedGradient
 from .adam import Adam
 from .auto import Auto, Budget, Rung
 from .base import Attempt, Certificate, Editor, IterativeEditor, Solution, iterate
@@ -7,7 +8,7 @@ from .bounded import Bounded
 from .gate import Gate
 from .gauss_newton import GaussNewton
 from .gradient_descent import GradientDescent
-from .key_value import KeyValue, NormalisedGradient
+from .key_value import KeyValue
 from .ladder import ladder
 from .low_rank import LowRank
 from .metric import LayerMetric, Metric

@@ -15,36 +15,12 @@ from .._calling import Function, Params
 from ..errors import InvalidInput
 from ..network import Seen, moved
 from ..problem import Problem
+from ._closed_form import NormalisedGradient, alike, closed_form
 from .adam import Adam
-from .base import Editor, Solution, root
+from .base import Editor, Solution
 from .metric import Metric
 
-_ROUNDING = 1e-4  # how far a key may be from itself, computed in a batch of another size, relative to its norm
 _PATIENCE = 3  # rounds of a search that make nothing better
-
-
-@final
-@dataclass(frozen=True)
-class NormalisedGradient:
-    """Values by one gradient, with nothing searched: ``r_i = -η ||k̂_i||² ĝ_i``, g the gradient of the violation.
-
-    The hats divide every feature by its root mean square over the keys of the edit. Source: UltraEdit (Gu et al. 2025),
-    which subtracts means too, and carries both on from edit to edit: without them a batch of one can move.
-
-    Args:
-        lr: η, in units of the layer's output; above 0.
-    """
-
-    lr: float = 1e-3
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise InvalidInput(f"NormalisedGradient was given lr={self.lr}; expected a finite number above 0")
-
-    def residuals(self, keys: Tensor, gradient: Tensor) -> Tensor:
-        """Return R, (m, out), for keys (m, width) and a gradient (m, out)."""
-        sizes = _normalised(keys).square().sum(1, keepdim=True)
-        return -self.lr * sizes * _normalised(gradient)
 
 
 @final
@@ -314,15 +290,15 @@ class KeyValue(Editor):
         where = self.at or self.layers[-1]
         name, outputs = f"the output of {where}", seen.outputs(where)
         like = next(iter(params.values()))
-        alike = _alike(seen.inputs(self.layers[-1])[rows])
+        which = alike(seen.inputs(self.layers[-1])[rows])
 
         def at(given: Params) -> Function:
-            added = like.new_zeros(outputs.shape).index_add(0, rows, given[name][alike])
+            added = like.new_zeros(outputs.shape).index_add(0, rows, given[name][which])
             return moved(problem.at(_tracked(params)), Seen({where: added}))
 
-        start = like.new_zeros(int(alike.max()) + 1, outputs.shape[1])
+        start = like.new_zeros(int(which.max()) + 1, outputs.shape[1])
         found = editor.run(Problem({name: start}, at, problem.constraint))
-        return outputs[rows].double() + found.params[name].detach().double()[alike], found.steps
+        return outputs[rows].double() + found.params[name].detach().double()[which], found.steps
 
     def _gradients(self, problem: Problem, params: Params, seen: Seen) -> dict[str, Tensor]:
         """Return the gradient of the violation in each layer's outputs, at all rows."""
@@ -361,33 +337,6 @@ class KeyValue(Editor):
         return product
 
 
-def closed_form(keys: Tensor, residuals: Tensor, preconditioned: Tensor, *, exact: bool) -> Tensor:
-    """Return ``Δ = R (Kᵀ H K + s I)⁻¹ Kᵀ H``, (out, width), of tensors with a row for each key.
-
-    Args:
-        keys: Kᵀ, (m, width).
-        residuals: Rᵀ, (m, out).
-        preconditioned: Kᵀ H, (m, width).
-        exact: s = 0, by a pseudo-inverse, as keys may be the same or out of reach of H; else s = 1.
-    """
-    gram = preconditioned @ keys.mT
-    gram = (gram + gram.mT) / 2
-    if exact:
-        solved: Tensor = torch.linalg.pinv(gram, rtol=1e-10, hermitian=True) @ preconditioned
-    else:
-        solved = torch.linalg.solve(gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device), preconditioned)
-    return residuals.mT @ solved
-
-
-def _alike(keys: Tensor) -> Tensor:
-    """Return which value each key gets, (m,): the same for keys that are the same, since no weights tell them apart."""
-    keys = keys.double()
-    near = torch.cdist(keys, keys) <= _ROUNDING * keys.norm(dim=1, keepdim=True)
-    first = near.to(torch.uint8).argmax(1)  # of equal numbers the first one
-    alike: Tensor = torch.unique(first, return_inverse=True)[1]
-    return alike
-
-
 def _tuple(layers: str | Sequence[str]) -> tuple[str, ...]:
     return (layers,) if isinstance(layers, str) else tuple(layers)
 
@@ -404,8 +353,3 @@ def _given(metric: object) -> Metric:
 def _tracked(params: Params) -> Params:
     """Return the same with gradients asked for: passes keep no graph where no parameter asks."""
     return {name: value.detach().requires_grad_() for name, value in params.items()}
-
-
-def _normalised(features: Tensor) -> Tensor:
-    size = root(features.square().mean(0))
-    return features / size.where(size > 0, 1)

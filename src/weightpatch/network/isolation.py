@@ -17,14 +17,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 __all__ = [
+    "CHECKPOINTED",
     "Noise",
     "differentiable_kernels",
     "isolated",
     "make_differentiable",
+    "no_recomputation",
     "preserved_rng",
     "twice_differentiable",
     "uncached_casts",
 ]
+
+CHECKPOINTED = "recomputation in the backward pass would see other weights"
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,4 +149,17 @@ def make_differentiable(recurrent: nn.RNNBase) -> None:
 def isolated(device: torch.device | None = None) -> Iterator[None]:
     """Run with gradients, outside inference mode, and leave the random generators as they were."""
     with preserved_rng(device), torch.inference_mode(False), torch.enable_grad(), differentiable_kernels():
+        yield
+
+
+@contextmanager
+def no_recomputation() -> Iterator[None]:
+    """Refuse activation checkpointing: the backward pass would run modules again with other weights in place."""
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(CHECKPOINTED))
+            opened = stack.pop_all()
+    except RuntimeError:  # the caller has hooks of his own around
+        opened = ExitStack()
+    with opened:
         yield

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from .probe import ESCAPES, Event
-from .tree import PLAIN, flatten_call, tensors_in
+from .flow import Flow, Place
+from .probe import Event
+from .tree import PLAIN, flatten_call
 
-__all__ = ["CheckReplay", "Diverged", "Flow", "Plan", "Record", "Recording", "Replay", "plan_of", "without_dead"]
+__all__ = ["CheckReplay", "Diverged", "Plan", "Record", "Recording", "Replay", "plan_of", "without_dead"]
 
-Place = tuple[int, int]  # (recorded call, leaf of its output); (-1, i) is the i-th tensor of the pass's inputs
 Forward = Callable[..., Any]
 
 
@@ -296,12 +294,6 @@ def _compact(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() <= 2 * own else tensor.clone()
 
 
-def _replaceable(tensor: Tensor) -> bool:
-    """Say whether a placeholder may stand for this output: NaN must be able to give a wrongful use away."""
-    dense = type(tensor) is Tensor and tensor.layout is torch.strided
-    return dense and tensor.is_floating_point() and tensor.numel() > 1
-
-
 def _placeholder(tensor: Tensor) -> Tensor:
     return torch.full((), torch.nan, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
@@ -379,7 +371,7 @@ class CheckReplay(Replay):
 
     def live(self, output: Any) -> set[Place]:
         """Name the recorded outputs that this pass read to find its own."""
-        return self.flow.live(self.recording, self._handed, output)
+        return self.flow.live([call.leaves for call in self.recording.calls], self._handed, output)
 
     def _recall(self, name: str, call: Recorded, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = super()._recall(name, call, args, kwargs)
@@ -393,69 +385,3 @@ class CheckReplay(Replay):
                 with torch.no_grad(), self.flow.paused():
                     spoilt.fill_(torch.nan if spoilt.is_floating_point() or spoilt.is_complex() else 1)
         return output
-
-
-class Flow(TorchFunctionMode):
-    """Follow which memory each function of a pass reads and writes, to find the recorded outputs that reach its end."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._sources: dict[int, set[int]] = {}
-        self._ends: set[int] = set()
-        self._written: set[int] = set()
-        self._alive: list[Any] = []
-        self._paused = False
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Do not follow what happens inside."""
-        self._paused = True
-        try:
-            yield
-        finally:
-            self._paused = False
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self._paused:
-            return func(*args, **kwargs)
-        given = tensors_in((args, kwargs), [])
-        versions = [tensor._version for tensor in given]
-        output = func(*args, **kwargs)
-        made = tensors_in(output, [])
-        self._alive.append((given, made))
-        read = {_memory(tensor) for tensor in given}
-        written = {_memory(t) for t, version in zip(given, versions, strict=True) if t._version != version}
-        self._written |= written
-        for target in written.union(map(_memory, made)):
-            self._sources.setdefault(target, set()).update(read)
-        if not made and getattr(func, "__name__", "") in ESCAPES:
-            self._ends |= read
-        return output
-
-    def live(self, recording: Recording, handed: Sequence[Sequence[Tensor]], output: Any) -> set[Place]:
-        """Name the recorded outputs that the pass's output depends on, that are written to, or irreplaceable."""
-        parts = pytree.tree_leaves(output)
-        waiting = [*self._ends, *(_memory(part) for part in parts if isinstance(part, Tensor))]
-        if not all(isinstance(part, (Tensor, *PLAIN)) for part in parts):  # something unknown may hold any of them
-            waiting += [source for read in self._sources.values() for source in read]
-        reached = set()
-        while waiting:
-            place = waiting.pop()
-            if place not in reached:
-                reached.add(place)
-                waiting += self._sources.get(place, ())
-        reached |= self._written
-        return {
-            (index, k)
-            for index, call in enumerate(recording.calls)
-            for k, leaf in enumerate(call.leaves)
-            if not _replaceable(leaf) or not reached.isdisjoint((_memory(leaf), _memory(handed[index][k])))
-        }
-
-
-def _memory(tensor: Tensor) -> int:
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):
-        return id(tensor)

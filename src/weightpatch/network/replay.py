@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
@@ -15,18 +15,17 @@ from torch.utils import _pytree as pytree
 
 from .._calling import Params
 from ..errors import NotEditable
-from .isolation import Noise, differentiable_kernels, make_differentiable, preserved_rng
+from .isolation import CHECKPOINTED, Noise, differentiable_kernels, make_differentiable, no_recomputation, preserved_rng
 from .passes import CheckReplay, Diverged, Plan, Record, Recording, Replay, plan_of, without_dead
 from .probe import Probe, WriteGuard, WritesParameter
 from .recordings import Recordings
-from .state import State, held
+from .state import State, held, sites
 from .tree import copied, equal, flatten_call
 
 __all__ = ["Replayer"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 _MOST_PLANS = 8
-_CHECKPOINTED = "recomputation in the backward pass would see other weights"
 
 
 class Replayer:
@@ -49,7 +48,7 @@ class Replayer:
         self.full_passes_because = "" if replay else "replay=False was given"
         self._model, self._start, self._fixed = model, start, fixed
         self._modules = {name: module for name, module in model.named_modules() if name}
-        self._sites = list(_sites(model, {id(p): n for n, p in model.named_parameters() if n in start or n in fixed}))
+        self._sites = list(sites(model, {id(p): n for n, p in model.named_parameters() if n in start or n in fixed}))
         self._device = next(iter(start.values())).device
         self._attention = any(isinstance(m, (nn.MultiheadAttention, nn.TransformerEncoder)) for m in model.modules())
         self._attention |= any(isinstance(m, nn.TransformerEncoderLayer) for m in model.modules())
@@ -251,7 +250,7 @@ class Replayer:
         weights = {name: p for name, p in self._model.named_parameters() if name not in self._own} | params
         self._wrap(self._modules)
         try:
-            with preserved_rng(self._device) as noise, torch.enable_grad(), WriteGuard(weights), _no_recomputation():
+            with preserved_rng(self._device) as noise, torch.enable_grad(), WriteGuard(weights), no_recomputation():
                 with probe:
                     output = self._pass(params, args, kwargs, probe)
                 drawn = not noise.same(Noise.now(self._device))
@@ -260,8 +259,8 @@ class Replayer:
             state.restore()
             return self._probe(inputs, probe.again(), state)
         except RuntimeError as error:
-            if _CHECKPOINTED in str(error):
-                message = f"the model uses activation checkpointing in eval mode: {_CHECKPOINTED}; switch it off"
+            if CHECKPOINTED in str(error):
+                message = f"the model uses activation checkpointing in eval mode: {CHECKPOINTED}; switch it off"
                 raise NotEditable(message) from None
             raise
         self._changes_inputs |= any(tensor._version != version for tensor, version in given)
@@ -379,37 +378,6 @@ class Replayer:
 def _kind(tensors: Sequence[Tensor], rest: list[Any]) -> tuple[Any, ...]:
     """Name what one plan may serve."""
     return (*rest, *((tensor.dtype, tensor.ndim) for tensor in tensors))
-
-
-def _sites(model: nn.Module, names: dict[int, str]) -> Iterator[tuple[Any, Any, str]]:
-    """Find every place that holds one of these parameters: ties, and the lists that RNNs and others keep."""
-    seen: set[int] = set()
-
-    def visit(container: Any, depth: int) -> Iterator[tuple[Any, Any, str]]:
-        if id(container) in seen:
-            return
-        seen.add(id(container))
-        for key, value in list(container.items() if isinstance(container, dict) else enumerate(container)):
-            if id(value) in names:
-                yield container, key, names[id(value)]
-            elif depth and isinstance(value, (dict, list)):
-                yield from visit(value, depth - 1)
-
-    for module in model.modules():
-        yield from visit(vars(module), 3)
-
-
-@contextmanager
-def _no_recomputation() -> Iterator[None]:
-    """Refuse activation checkpointing: the backward pass would run modules again with other weights in place."""
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINTED))
-            opened = stack.pop_all()
-    except RuntimeError:  # the caller has hooks of his own around
-        opened = ExitStack()
-    with opened:
-        yield
 
 
 def _plain(tensors: Sequence[Tensor]) -> bool:

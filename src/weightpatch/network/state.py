@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["State"]
+__all__ = ["State", "held", "sites"]
 
 _CONTAINERS = (dict, OrderedDict, list, set, deque)
 _IGNORED = {
@@ -103,3 +104,21 @@ def _refill(container: Any, contents: list[Any]) -> None:
         container.extend(contents)
     else:
         container.update(contents)
+
+
+def sites(model: nn.Module, names: dict[int, str]) -> Iterator[tuple[Any, Any, str]]:
+    """Find every place that holds one of these parameters: ties, and the lists that RNNs and others keep."""
+    seen: set[int] = set()
+
+    def visit(container: Any, depth: int) -> Iterator[tuple[Any, Any, str]]:
+        if id(container) in seen:
+            return
+        seen.add(id(container))
+        for key, value in list(container.items() if isinstance(container, dict) else enumerate(container)):
+            if id(value) in names:
+                yield container, key, names[id(value)]
+            elif depth and isinstance(value, (dict, list)):
+                yield from visit(value, depth - 1)
+
+    for module in model.modules():
+        yield from visit(vars(module), 3)
