@@ -120,7 +120,7 @@ def rows() -> dict[str, Row]:
             return KeyValue.memit(f"{prefix}fc2", metric(kind, (f"{prefix}fc2.weight",)))
 
         found |= {
-            f"plain, {layer}, {name}": Row("plain", some, make, EDITS)
+            f"plain, {layer}, {name}": Row("plain", some, make, SOME if "Shrink" in name else EDITS)
             for name, some, make in (
                 ("RMSProp", whole, lambda kind: RMSProp(lr=RATES["RMSProp"], max_steps=100)),
                 ("MinimumNorm", dense, exact),
@@ -139,9 +139,7 @@ def rows() -> dict[str, Row]:
         }
     whole, block = (f"{LAST}*",), (translation.EDITED,)
     found |= {
-        "plain, last layer, RMSProp, preferred": replace(
-            found["plain, last layer, RMSProp"], edits=FEWER, preferred=True
-        ),
+        "plain, last layer, RMSProp, preferred": replace(found["plain, last layer, RMSProp"], preferred=True),
         "last layer trained, gradient descent": Row(
             "last layer trained", whole, lambda kind: learned("last layer trained")
         ),
@@ -154,7 +152,13 @@ def rows() -> dict[str, Row]:
         "untrained block, MinimumNorm": Row("untrained block", block, lambda kind: measured(kind), SOME),
         "editable, MinimumNorm": Row("editable", block, lambda kind: measured(kind), EDITS),
         "editable, gradient descent, Shrink": Row(
-            "editable", block, lambda kind: Shrink(GradientDescent(lr=RATES["block"], max_steps=100))
+            "editable", block, lambda kind: Shrink(GradientDescent(lr=RATES["block"], max_steps=100)), SOME
+        ),
+        "editable, RMSProp": Row(
+            "editable", block, lambda kind: RMSProp(lr=RATES["block, RMSProp"], max_steps=100), SOME
+        ),
+        "editable, Preconditioned": Row(
+            "editable", block, lambda kind: Preconditioned(metric=measured(kind).metric, max_steps=60), SOME
         ),
         "editable, MinimumNorm, preferred": Row("editable", block, lambda kind: measured(kind), preferred=True),
         "editable, MinimumNorm, 5 beams": Row("editable", block, lambda kind: measured(kind), beams=5),
@@ -168,9 +172,11 @@ def rows() -> dict[str, Row]:
     return found
 
 
-def measured(kind: text.Generating) -> Editor:
+def measured(kind: text.Generating) -> MinimumNorm:
     assert isinstance(kind, text.Seq2Seq)
-    return translation.editor(kind, REFERENCE)
+    found = translation.editor(kind, REFERENCE)
+    assert isinstance(found, MinimumNorm)
+    return found
 
 
 def learned(name: str) -> Editor:
@@ -179,7 +185,7 @@ def learned(name: str) -> Editor:
     return GradientDescent(lr=told["lr"], max_steps=50)
 
 
-RATES = {"gradient descent": 1e-3, "RMSProp": 3e-4, "Adam": 3e-4, "LoRA": 1e-3, "block": 1.0}
+RATES = {"gradient descent": 1e-3, "RMSProp": 3e-4, "Adam": 3e-4, "LoRA": 1e-3, "block": 1.0, "block, RMSProp": 3e-3}
 
 
 def demands(kind: text.Generating, pairs: translation.Pairs, which: str, count: int, preferred: bool) -> list[Any]:
@@ -238,25 +244,36 @@ def measure(name: str, row: Row, which: str, folder: Path, most: int) -> dict[st
 def tune() -> None:
     """Print what rates do to 30 validation sentences, judged on 200 others."""
     pairs = translation.libreoffice("validation")
-    grids: dict[str, tuple[Callable[[float], Editor], tuple[float, ...]]] = {
-        "gradient descent": (lambda lr: GradientDescent(lr=lr, max_steps=100), (1e-3, 3e-3, 1e-2, 3e-2)),
-        "RMSProp": (lambda lr: RMSProp(lr=lr, max_steps=100), (1e-4, 3e-4, 1e-3)),
-        "Adam": (lambda lr: Adam(lr=lr, max_steps=100), (1e-4, 3e-4, 1e-3)),
+    makes: dict[str, Callable[[float], Editor]] = {
+        "gradient descent": lambda lr: GradientDescent(lr=lr, max_steps=100),
+        "RMSProp": lambda lr: RMSProp(lr=lr, max_steps=100),
+        "Adam": lambda lr: Adam(lr=lr, max_steps=100),
     }
-    kind = translation.translator()
-    edits = demands(kind, pairs[:500], "reference", 15, False) + demands(kind, pairs[:500], "sampled", 15, False)
-    for name, (make, rates) in grids.items():
-        for lr in rates:
+    for which, parameters, grids in (
+        (
+            "plain",
+            f"{LAST}*",
+            {
+                "gradient descent": (1e-3, 3e-3, 1e-2, 3e-2),
+                "RMSProp": (1e-4, 3e-4, 1e-3),
+                "Adam": (1e-4, 3e-4, 1e-3),
+            },
+        ),
+        ("editable", translation.EDITED, {"gradient descent": (0.3, 1.0, 3.0), "RMSProp": (1e-3, 3e-3, 1e-2)}),
+    ):
+        kind = network(which)
+        edits = demands(kind, pairs[:500], "reference", 15, False) + demands(kind, pairs[:500], "sampled", 15, False)
+        for name, lr in ((name, lr) for name, rates in grids.items() for lr in rates):
             report = text.evaluate(
                 kind,
                 edits,
-                make(lr),
+                makes[name](lr),
                 texts=pairs.german[500:700],
                 references=pairs.english[500:700],
                 score=translation.bleu,
-                parameters=f"{LAST}*",
+                parameters=parameters,
             )
-            print(name, lr, report.figures(), flush=True)
+            print(which, name, lr, report.figures(), flush=True)
 
 
 def speed() -> list[dict[str, Any]]:
