@@ -185,7 +185,7 @@ def learned(name: str) -> Editor:
     return GradientDescent(lr=told["lr"], max_steps=50)
 
 
-RATES = {"gradient descent": 1e-3, "RMSProp": 3e-4, "Adam": 3e-4, "LoRA": 1e-3, "block": 1.0, "block, RMSProp": 3e-3}
+RATES = {"gradient descent": 1e-3, "RMSProp": 3e-4, "Adam": 3e-4, "LoRA": 1e-2, "block": 1.0, "block, RMSProp": 3e-3}
 
 
 def demands(kind: text.Generating, pairs: translation.Pairs, which: str, count: int, preferred: bool) -> list[Any]:
@@ -248,6 +248,7 @@ def tune() -> None:
         "gradient descent": lambda lr: GradientDescent(lr=lr, max_steps=100),
         "RMSProp": lambda lr: RMSProp(lr=lr, max_steps=100),
         "Adam": lambda lr: Adam(lr=lr, max_steps=100),
+        "LoRA": lambda lr: LowRank(Adam(lr=lr, max_steps=100), rank=4),
     }
     for which, parameters, grids in (
         (
@@ -259,6 +260,7 @@ def tune() -> None:
                 "Adam": (1e-4, 3e-4, 1e-3),
             },
         ),
+        ("plain", f"{LAST}fc1.*", {"LoRA": (1e-3, 3e-3, 1e-2, 3e-2)}),
         ("editable", translation.EDITED, {"gradient descent": (0.3, 1.0, 3.0), "RMSProp": (1e-3, 3e-3, 1e-2)}),
     ):
         kind = network(which)
