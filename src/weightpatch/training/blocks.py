@@ -46,6 +46,15 @@ class ResidualBlock(nn.Module):
 
 
 @final
+class _Code(nn.Module):
+    """``s / ||s||`` with ``s = relu(x)``: a module of its own, so that passes which move W₂ alone find it recorded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = x.relu()
+        return s * (s.square().sum(-1, keepdim=True) + _TINY).rsqrt()
+
+
+@final
 class SparseBlock(nn.Module):
     """``x + W₂ s / ||s||`` with ``s = relu(W₁ x + b₁)``; W₂, which edits move, is zero at first: nothing changes.
 
@@ -63,13 +72,12 @@ class SparseBlock(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.inner, self.outer = nn.Linear(width, hidden), nn.Linear(hidden, width, bias=False)
+        self.inner, self.code, self.outer = nn.Linear(width, hidden), _Code(), nn.Linear(hidden, width, bias=False)
         nn.init.zeros_(self.outer.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., width) to (..., width)."""
-        s = self.inner(x).relu()
-        return x + self.outer(s * (s.square().sum(-1, keepdim=True) + _TINY).rsqrt())  # type: ignore[no-any-return]
+        return x + self.outer(self.code(self.inner(x)))  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def fit(self, features: Tensor, threshold: float = 1.0, shrinkage: float = 0.01) -> None:
