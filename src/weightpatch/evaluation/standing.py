@@ -129,7 +129,7 @@ class ByStates(Standing):
         self._states, self._forced, self._prefix = states, forced, readout.prefix
         self._weight = readout.weight.detach().float()
         self._places = [place for batch in forced for place in batch.places]
-        self._items, self._depths = torch.tensor(self._places, device="cpu").reshape(-1, 2).T
+        self._items, self._depths = torch.tensor(self._places, dtype=torch.int64, device="cpu").reshape(-1, 2).T
         self._labels = torch.cat([batch.labels[batch.labels >= 0] for batch in forced])
         self._recordings, bias = list[Any](), None
         found, radii, spreads = list[Tensor](), list[Tensor](), list[Tensor]()
