@@ -53,7 +53,7 @@ HERE = Path(__file__).parent
 RESULTS, TABLE = HERE / "results" / "translation.json", HERE / "results" / "translation.md"
 JUDGED = slice(1000, 1400)  # test sentences; edits are of the others
 KEPT, REFERENCE = 100, 1000  # training sentences
-EDITS, SOME, FEWER = 500, 100, 20  # of each kind, at most
+EDITS = 500  # of each kind, at most
 HIDDEN = 4096  # of the untrained block, as the trained one has
 SHRINKAGE, OUTPUT_SHRINKAGE = 0.001, 0.1
 LAST, BEFORE = "model.decoder.layers.2.", "model.decoder.layers.1."
@@ -67,7 +67,6 @@ class Row:
     network: str
     parameters: tuple[str, ...]
     make: Callable[[text.Generating], Editor]
-    edits: int = FEWER
     preferred: bool = False
     beams: int = 1
 
@@ -120,7 +119,7 @@ def rows() -> dict[str, Row]:
             return KeyValue.memit(f"{prefix}fc2", metric(kind, (f"{prefix}fc2.weight",)))
 
         found |= {
-            f"plain, {layer}, {name}": Row("plain", some, make, SOME if "Shrink" in name else EDITS)
+            f"plain, {layer}, {name}": Row("plain", some, make)
             for name, some, make in (
                 ("RMSProp", whole, lambda kind: RMSProp(lr=RATES["RMSProp"], max_steps=100)),
                 ("MinimumNorm", dense, exact),
@@ -149,16 +148,14 @@ def rows() -> dict[str, Row]:
         "last layer trained, gradient descent, preferred": Row(
             "last layer trained", whole, lambda kind: learned("last layer trained"), preferred=True
         ),
-        "untrained block, MinimumNorm": Row("untrained block", block, lambda kind: measured(kind), SOME),
-        "editable, MinimumNorm": Row("editable", block, lambda kind: measured(kind), EDITS),
+        "untrained block, MinimumNorm": Row("untrained block", block, lambda kind: measured(kind)),
+        "editable, MinimumNorm": Row("editable", block, lambda kind: measured(kind)),
         "editable, gradient descent, Shrink": Row(
-            "editable", block, lambda kind: Shrink(GradientDescent(lr=RATES["block"], max_steps=100)), SOME
+            "editable", block, lambda kind: Shrink(GradientDescent(lr=RATES["block"], max_steps=100))
         ),
-        "editable, RMSProp": Row(
-            "editable", block, lambda kind: RMSProp(lr=RATES["block, RMSProp"], max_steps=100), SOME
-        ),
+        "editable, RMSProp": Row("editable", block, lambda kind: RMSProp(lr=RATES["block, RMSProp"], max_steps=100)),
         "editable, Preconditioned": Row(
-            "editable", block, lambda kind: Preconditioned(metric=measured(kind).metric, max_steps=60), SOME
+            "editable", block, lambda kind: Preconditioned(metric=measured(kind).metric, max_steps=60)
         ),
         "editable, MinimumNorm, preferred": Row("editable", block, lambda kind: measured(kind), preferred=True),
         "editable, MinimumNorm, 5 beams": Row("editable", block, lambda kind: measured(kind), beams=5),
@@ -222,7 +219,7 @@ def measure(name: str, row: Row, which: str, folder: Path, most: int) -> dict[st
     began = time.monotonic()
     report = text.evaluate(
         kind,
-        demands(kind, others(test), which, min(row.edits, most), row.preferred),
+        demands(kind, others(test), which, most, row.preferred),
         editor,
         texts=judged.german,
         references=judged.english,

@@ -18,6 +18,7 @@ import weightpatch as wp
 from weightpatch.constraints import Classified, Kept
 from weightpatch.editing import Result
 from weightpatch.editors import Adam, Bounded, Metric, MinimumNorm, Preconditioned, Shrink
+from weightpatch.editors import metric as metric_module
 from weightpatch.editors.base import direction
 from weightpatch.errors import InvalidInput
 from weightpatch.network import Network
@@ -325,3 +326,22 @@ def test_editable_training_goes_through_both_sides(way: dict):
 def test_bad_settings_are_refused(given_: object):
     with pytest.raises(InvalidInput, match="at least 0"):
         Preconditioned(metric=steep(0)[2], line_search=given_)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("two_sided", [False, True])
+@pytest.mark.parametrize("rank", [0, 1, 8, 30, 100, 160, 256])
+def test_gradients_of_some_tokens_are_applied_by_a_basis_of_their_rows(rank: int, two_sided: bool):
+    rows, width = 256, 1024
+    seeded = torch.Generator().manual_seed(rank)
+    left, right = torch.randn(rows, rank, generator=seeded), torch.randn(rank, width, generator=seeded)
+    gradient, eps = (left @ right).double()[None], torch.finfo(torch.float32).eps
+    inverse = torch.randn(1, width, width, generator=seeded, dtype=torch.float64)
+    output = torch.randn(1, rows, rows, generator=seeded, dtype=torch.float64) if two_sided else None
+    exact = gradient @ inverse if output is None else output @ gradient @ inverse
+    found = metric_module._times(gradient, inverse, eps, output)
+    assert float((found - exact).norm()) <= 64 * eps * float(exact.norm())
+    bases = [metric_module._basis(gradient, most, eps) for most in (8, 128)]
+    assert [basis is not None for basis in bases] == [rank <= 8, rank <= 128]
+    assert all(basis is None or rank <= basis.shape[-1] <= max(1, 2 * rank) for basis in bases)
+    if rank > 128:
+        assert torch.equal(found, exact)

@@ -176,10 +176,12 @@ class Cuts:
         return float(self._gram[place] @ self.weights[:known])
 
     def _same(self, places: Sequence[int], row: Vector) -> int | None:
-        """Return which of these rows differs from another by rounding alone."""
-        if places:
-            inner = self._space.dots([self._rows[place] for place in places], [row]).squeeze(1).tolist()
-            for place, product in zip(places, inner, strict=True):
+        """Return which of these rows differs from another by rounding alone; such are as long."""
+        length = math.sqrt(row.square)
+        near = [place for place in places if abs(math.sqrt(self._rows[place].square) - length) <= 1e-4 * length]
+        if near:
+            inner = self._space.dots([self._rows[place] for place in near], [row]).squeeze(1).tolist()
+            for place, product in zip(near, inner, strict=True):
                 if self._rows[place].square + row.square - 2 * product <= 1e-8 * row.square:
                     return place
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
@@ -15,7 +16,8 @@ from ._factors import Factors
 
 __all__ = ["LayerMetric", "Metric"]
 
-_RANK = 8  # gradients of a linear layer have at most the rank of the items that are asked about
+_RANK = 8  # gradients of a linear layer have at most the rank of the items that are asked about, or of their tokens
+_MOST, _COSTLY = 128, 1 << 28  # looked for where that fails, and the product of whole matrices takes so many operations
 
 
 @final
@@ -218,18 +220,27 @@ def _times(gradient: Tensor, inverse: Tensor, eps: float, left: Tensor | None = 
         left: (groups, rows, rows), or None for 1.
     """
 
-    def whole() -> Tensor:
-        return gradient @ inverse if left is None else left @ gradient @ inverse
-
     rows, width = gradient.shape[-2:]
-    if gradient.requires_grad or min(rows, width) < 4 * _RANK:
-        return whole()
-    sketch = torch.randn(_RANK + 4, rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
-    basis = torch.linalg.qr((sketch.to(gradient) @ gradient).mT).Q
-    shares = gradient @ basis
-    rest = (gradient - shares @ basis.mT).norm()
-    if not float(rest) <= 8 * eps * float(gradient.norm()):
-        return whole()
-    shares = shares if left is None else left @ shares
-    product: Tensor = shares @ (basis.mT @ inverse)
-    return product
+    most = min(_MOST, rows // 2, width // 2)
+    costly = gradient.numel() * (width + (0 if left is None else rows)) >= _COSTLY
+    for rank in () if gradient.requires_grad or most < 2 * _RANK else (_RANK, most) if costly else (_RANK,):
+        basis = _basis(gradient, rank, eps)
+        if basis is not None:
+            shares = gradient @ basis
+            shares = shares if left is None else left @ shares
+            product: Tensor = shares @ (basis.mT @ inverse)
+            return product
+    return gradient @ inverse if left is None else left @ gradient @ inverse
+
+
+def _basis(gradient: Tensor, most: int, eps: float) -> Tensor | None:
+    """Return an orthonormal basis of the rows, (groups, width, rank), to rounding; None where more than `most` span."""
+    generator = torch.Generator().manual_seed(0)
+    sketch = torch.randn(most + 4, gradient.shape[-2], generator=generator, dtype=torch.float64, device="cpu")
+    basis, sizes = torch.linalg.qr((sketch.to(gradient) @ gradient).mT)
+    sizes = sizes.diagonal(dim1=-2, dim2=-1).abs()
+    if not bool((sizes[:, -1] <= math.sqrt(eps) * sizes[:, 0]).all()):
+        return None
+    basis = basis[..., : max(1, int((sizes > eps * sizes[:, :1]).sum(-1).max()))]
+    rest = (gradient - gradient @ basis @ basis.mT).norm()
+    return basis if float(rest) <= 8 * eps * float(gradient.norm()) else None
