@@ -235,6 +235,7 @@ def measure(name: str, row: Row, which: str, folder: Path, most: int) -> dict[st
         "drawdown_absolute": sum(map(abs, report.drawdowns)) / len(report.drawdowns),
         "anew": sum(row.anew for row in report.edited) / len(report.edited),
         "seconds": time.monotonic() - began,
+        "machine": machine(),
     }
 
 
@@ -329,8 +330,10 @@ def table(content: dict[str, Any]) -> str:
         lines.append("|---|---:|" + "---:|" * len(SHOWN))
         for row in some:
             cells = " | ".join(str(row[which]["figures"].get(column, "")) for column in SHOWN)
-            lines.append(f"| {row['name']} | {row[which]['edits']} | {cells} |")
-        lines.append("")
+            mark = "" if row[which].get("machine", content["machine"]) == content["machine"] else " *"
+            lines.append(f"| {row['name']}{mark} | {row[which]['edits']} | {cells} |")
+        elsewhere = {row[which].get("machine", content["machine"]) for row in some} - {content["machine"]}
+        lines += ["", f"\\* Made, all or in part, on {' and '.join(sorted(elsewhere))}.", ""] if elsewhere else [""]
     if content.get("speed"):
         lines += [
             "## What evaluating one edit takes\n",

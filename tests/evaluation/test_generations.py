@@ -20,7 +20,7 @@ from weightpatch.errors import InvalidInput
 from weightpatch.evaluation.generations import SlowGenerations
 from weightpatch.network import Network
 from weightpatch.tasks import text
-from weightpatch.tasks.text import _together
+from weightpatch.tasks.text import _writing
 from weightpatch.tasks.text._generating import _STEP, _batches
 from weightpatch.tasks.text._protocol import greedy
 
@@ -96,8 +96,8 @@ def test_forced_tokens_and_answers_as_long_as_the_limit_are_answered_as_by_decod
 @pytest.mark.parametrize("last", [None, 0])
 @pytest.mark.parametrize("first", [None, 5])
 def test_answers_written_together_are_those_of_generate(first, last, rows, left, monkeypatch):
-    monkeypatch.setattr(_together, "_ROWS", rows)
-    monkeypatch.setattr(_together, "_LEFT", left)
+    monkeypatch.setattr(_writing, "_ROWS", rows)
+    monkeypatch.setattr(_writing, "_LEFT", left)
     kind = made("translator")
     kind.model.generation_config.forced_bos_token_id = first
     kind.model.generation_config.forced_eos_token_id = last
@@ -106,7 +106,7 @@ def test_answers_written_together_are_those_of_generate(first, last, rows, left,
         kind.model.model.decoder.embed_positions.weight.mul_(40)  # so that it does not say one token for ever
     network = Network(kind.model, "model.decoder.layers.*")
     base = kind.generate(TEXTS)
-    writer = _together.together(kind, kind.encoded(TEXTS, network.names), base, last)
+    writer = _writing.greedy_writer(kind, kind.encoded(TEXTS, network.names), base, last)
     lengths = set[int]()
     for scale in (0.0, 0.1, 0.3):
         model = network.deployed(moved(network, scale))
@@ -122,10 +122,10 @@ def test_answers_written_together_are_those_of_generate(first, last, rows, left,
 def test_a_model_that_writes_otherwise_is_left_to_generate():
     kind = made("translator")
     base, encoded = kind.generate(TEXTS), kind.encoded(TEXTS, ())
-    assert _together.together(kind, encoded, base, None) is not None
+    assert _writing.greedy_writer(kind, encoded, base, None) is not None
     other = [(tokens + 1) % PAD for tokens in base]
-    assert _together.together(kind, encoded, other, None) is None
-    assert _together.together(kind, lambda some: {}, base, None) is None
+    assert _writing.greedy_writer(kind, encoded, other, None) is None
+    assert _writing.greedy_writer(kind, lambda some: {}, base, None) is None
 
 
 @given(st.lists(st.integers(1, 40), min_size=0, max_size=7), st.integers(1, 4))

@@ -28,7 +28,7 @@ from weightpatch.patches import fingerprint
 from weightpatch.preparing import prepared
 from weightpatch.tasks.text._generating import Decoding, Generating
 from weightpatch.tasks.text._readout import readout_of
-from weightpatch.tasks.text._together import together
+from weightpatch.tasks.text._writing import greedy_writer
 
 __all__ = ["GenerationReport", "GenerationRow", "evaluate", "generations"]
 
@@ -300,7 +300,7 @@ def generations(kind: Generating, network: Network, texts: Sequence[str]) -> Fas
         begun = end
 
     encoded = kind.encoded(texts, network.names)
-    writer = together(kind, encoded, base, last) if encoded is not None and greedy(kind) else None
+    writer = greedy_writer(kind, encoded, base, last) if encoded is not None and greedy(kind) else None
 
     def anew(model: nn.Module, items: Sequence[int]) -> list[Tensor]:
         if encoded is None:

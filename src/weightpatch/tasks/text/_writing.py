@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from weightpatch.tasks.text._generating import Generating, evaluating
 
-__all__ = ["Together", "together"]
+__all__ = ["GreedyWriter", "greedy_writer"]
 
 Encoded = Callable[[Sequence[int]], dict[str, Any]]
 
@@ -23,7 +23,7 @@ _TRIED = 16  # answers
 
 @final
 @dataclass(frozen=True, eq=False)
-class Together:
+class GreedyWriter:
     """Writes what `generate` does where it takes the likeliest token each time, at less cost.
 
     `generate` goes on with every row until the longest of its batch ends, and looks at more than the likeliest token.
@@ -91,17 +91,17 @@ class Together:
         return [row[:n] for row, n in zip(written, lengths.tolist(), strict=True)]
 
 
-def together(kind: Generating, encoded: Encoded, base: Sequence[Tensor], last: int | None) -> Together | None:
+def greedy_writer(kind: Generating, encoded: Encoded, base: Sequence[Tensor], last: int | None) -> GreedyWriter | None:
     """Return what writes as a model that decodes greedily does; None where it would write anything else.
 
     Args:
         kind: the model.
         encoded: gives it the sources, as its encoder has seen them.
         base: what it generates from them.
-        last: see `Together`.
+        last: see `GreedyWriter`.
     """
     start: Sequence[int] = kind.frame.start  # type: ignore[attr-defined]
-    found = Together(encoded, start, sorted(kind.ends), kind.limit, last)
+    found = GreedyWriter(encoded, start, sorted(kind.ends), kind.limit, last)
     some = sorted(range(len(base)), key=lambda i: len(base[i]))[:: max(1, len(base) // _TRIED)]
     try:
         answers = found(kind.model, some, [len(base[i]) for i in some])
