@@ -51,6 +51,11 @@ class Result(Enum):
     )
     nonfinite = "the edited weights or outputs are NaN or infinite; try a smaller learning rate"
 
+    @property
+    def held(self) -> bool:
+        """Whether every demand is met, and no budget broken."""
+        return self in (Result.satisfied, Result.already_satisfied)
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -115,7 +120,7 @@ class Edit:
 
     def raise_for_result(self) -> Edit:
         """Return self when the constraint holds, else raise `EditFailed` with the advice."""
-        if self.result in (Result.satisfied, Result.already_satisfied):
+        if self.result.held:
             return self
         raise EditFailed(
             f"the edit is {self.result.name} after {self.steps} steps (violation {self.violation:.4g}, "

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -195,6 +198,29 @@ def test_sequential_edits_are_those_made_by_hand(model: nn.Module) -> None:
     assert "retained" in repr(report)
 
 
+@pytest.mark.parametrize("remember", [False, True])
+def test_failed_edits_are_left_out_where_that_is_asked(model: nn.Module, remember: bool) -> None:
+    x, y = blobs(150, seed=1)
+    edits, brief = random_edits(9), RMSProp(lr=2e-2, max_steps=2)
+    protocol = Sequential(checkpoints=(9,), remember=remember, skip_failed=True)
+    report = wp.evaluate(model, edits, brief, test=(x, y), parameters="3.*", protocol=protocol)
+    current, base, taken = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()(x), list[Classified]()
+    for row, constraint in zip(report.rows, edits, strict=True):
+        fix = constraint
+        if remember and taken:
+            inputs, labels = torch.cat([c.inputs for c in taken]), torch.cat([c.labels for c in taken])
+            fix = constraint & Classified(inputs, labels)
+        edit = wp.edit(current, fix, brief, parameters="3.*")
+        assert (row.result, row.steps) == (edit.result, edit.steps)
+        if edit.result.held:
+            current = by_hand(current, edit)
+            taken.append(constraint)
+    assert 2 < len(taken) < 9
+    (point,) = report.checkpoints
+    assert point.retained == sum(bool(c.met(current).all()) for c in edits)
+    assert point.impact.flips == flips(base.argmax(1), current(x).argmax(1), y)
+
+
 def test_an_edit_that_is_not_finite_is_not_built_upon(model: nn.Module) -> None:
     edits = random_edits(9)
     report = wp.evaluate(model, edits, GradientDescent(lr=1e38), test=blobs(20), protocol=Sequential((2,)))
@@ -242,6 +268,41 @@ def test_misuse_is_explained(model: nn.Module, changes: dict[str, Any], says: st
     given: dict[str, Any] = {"model": model, "edits": random_edits(1), "editor": EDITOR, "test": blobs(5), **changes}
     with pytest.raises(wp.errors.InvalidInput, match=says):
         wp.evaluate(given.pop("model"), given.pop("edits"), given.pop("editor"), **given)
+
+
+FRESH = """
+import random
+import sys
+
+import numpy as np
+import torch
+from torch import nn
+
+import weightpatch as wp
+from weightpatch.constraints import Classified
+from weightpatch.editors import RMSProp
+from weightpatch.evaluation import edit_page
+
+
+def state():
+    return torch.get_rng_state().sum().item(), random.getstate(), np.random.get_state()[1].sum()
+
+
+model, x, y = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(20, 4), torch.arange(20) % 3
+before, editor = state(), RMSProp(lr=1e-2)
+found = wp.edit(model, Classified(x[:1], y[1:2]), editor)
+assert state() == before, "edit"
+report = wp.evaluate(model, [Classified(x[:1], y[1:2])], editor, test=(x, y))
+assert state() == before, "evaluate"
+str(report)
+assert state() == before, "str"
+edit_page(sys.argv[1], model=model, edit=found, test=(x, y))
+assert state() == before, "page"
+"""
+
+
+def test_what_is_imported_late_draws_no_numbers_of_the_callers(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", FRESH, str(tmp_path / "page.html")], check=True, timeout=200)
 
 
 @pytest.mark.parametrize("points", [(0,), (3, 1), (2, 2)])

@@ -120,6 +120,23 @@ def test_the_last_model_is_judged_on_all_facts():
         assert row.perplexity == pytest.approx(lang.perplexity(kind, HELD_OUT, edited), rel=1e-3)
 
 
+def test_failed_edits_are_left_out_where_that_is_asked():
+    kind = model()
+    short = replace(EDITOR, max_steps=6)  # enough for some
+    asked = {"sizes": (4,), "parameters": f"{LAYER}.*", "held_out": HELD_OUT}
+    (row,) = evaluate_facts(kind, FACTS, short, skip_failed=True, **asked).rows
+    edited, held = copy.deepcopy(kind.model), 0
+    for fact in FACTS:
+        edit = wp.edit(edited, lang.demand(replace(kind, model=edited), fact), short, parameters=f"{LAYER}.*")
+        if edit.result.held:
+            edited.load_state_dict({**edited.state_dict(), **edit.patch.result(dict(edited.state_dict()))})
+            held += 1
+    assert (row.edits, row.held) == (4, held) and 0 < held < 4
+    assert row.perplexity == pytest.approx(lang.perplexity(kind, HELD_OUT, edited), rel=1e-4)
+    (applied,) = evaluate_facts(kind, FACTS, short, **asked).rows
+    assert applied.perplexity != pytest.approx(row.perplexity, rel=1e-3)
+
+
 def test_what_is_said_already_is_told():
     kind = model()
     known = Fact("3 4 5", kind.text(torch.tensor(decoded(kind, "3 4 5", 2))))

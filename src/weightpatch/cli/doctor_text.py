@@ -55,7 +55,6 @@ def doctor_text(
         json: Print facts as JSON alone.
     """
     from .. import edit as run
-    from ..editing import Result
     from ..network import explain
     from ..patches import fingerprint
 
@@ -98,7 +97,7 @@ def doctor_text(
         "replay": replay,
         "edit": {"source": source, "target": told, "kept": len(kept), **facts_of(found)},
     }
-    return Answer(facts, 0 if found.result in (Result.satisfied, Result.already_satisfied) else 1)
+    return Answer(facts, 0 if found.result.held else 1)
 
 
 def _table(rows: Sequence[ParameterRow], model: nn.Module, parameters: Sequence[str]) -> Table:

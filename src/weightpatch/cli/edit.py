@@ -120,7 +120,6 @@ def edit(
     from .. import compare
     from .. import edit as run
     from ..constraints import Classified
-    from ..editing import Result
 
     out = console(json)
     network, images = load_model(model, weights), reading.load(data)
@@ -133,7 +132,7 @@ def edit(
     for attempt in found.attempts:
         out.print(f"tried    {attempt}")
     out.print(f"{found}\n{found.result.value}")
-    held = found.result in (Result.satisfied, Result.already_satisfied)
+    held = found.result.held
     if found.patch is None:
         return Answer(facts_of(found), 1)
     comparison = _compare(network, found, tested, compare)

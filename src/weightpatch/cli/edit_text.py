@@ -130,7 +130,6 @@ def edit_text(
         json: Print facts as JSON alone.
     """
     from .. import edit as run
-    from ..editing import Result
 
     check_asked(source, target)
     texts = Texts() if keep_texts is None else read_texts(keep_texts).without(source)
@@ -148,7 +147,7 @@ def edit_text(
     for attempt in found.attempts:
         out.print(f"tried    {attempt}", markup=False)
     out.print(f"{found}\n{found.result.value}", markup=False)
-    held = found.result in (Result.satisfied, Result.already_satisfied)
+    held = found.result.held
     facts: dict[str, Any] = {**facts_of(found), "parameters": list(parameters), "kept": len(kept), "output": None}
     if found.patch is None:
         return Answer(facts, 1)

@@ -16,7 +16,7 @@ from ..editing import Result
 from ..editors import Editor
 from ..errors import InvalidInput
 from ..locality import Locality
-from ..network import Network, check_finite
+from ..network import Network, check_finite, preserved_rng
 from ..patches import fingerprint
 from ..preparing import prepared
 from .bench import Bench
@@ -139,8 +139,9 @@ def _header(
 
 @contextmanager
 def _progress(total: int, wanted: bool) -> Iterator[Callable[[Sequence[Row]], None]]:
-    from rich.console import Console  # rich draws random numbers when it is imported
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    with preserved_rng():  # rich draws random numbers when it is imported
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     if not (wanted and console.is_terminal):

@@ -49,16 +49,20 @@ class Independent(Protocol):
 class Sequential(Protocol):
     """Edits are applied one on another; at each checkpoint all of them are tested again, and the model is measured.
 
-    An edit that fails is applied too, unless its weights are not finite. The last edit is always a checkpoint.
+    An edit that fails is applied too, unless its weights are not finite or failed edits are skipped. The last edit is
+    always a checkpoint.
 
     Args:
         checkpoints: after how many edits the model is measured, increasing.
         remember: whether each edit is asked to meet the demands of all earlier ones too. What is kept are the answers
             of the unedited model in any case, so that a budget is that of all edits together.
+        skip_failed: leave out edits that fail, as one that ships no unmet demand would; they count as edits, and are
+            tested, and neither are they asked of later ones.
     """
 
     checkpoints: tuple[int, ...] = (1, 10, 25, 50, 100)
     remember: bool = False
+    skip_failed: bool = False
 
     def __post_init__(self) -> None:
         points = self.checkpoints
@@ -75,18 +79,21 @@ class Sequential(Protocol):
         done = {point.edits for point in found}
         rows: list[Row] = []
         bound: list[Constraint] = []
+        asked: list[Constraint] = []  # of later edits
         network = bench.network
         if bench.keep is not None:
             bench = replace(bench, keep=bench.keep.bind(network.before))
         for count in range(1, len(bench.edits) + 1):
-            row, solved = bench.make(network, count - 1, _merged(bound) if self.remember else ())
+            row, solved = bench.make(network, count - 1, _merged(asked) if self.remember else ())
             if count > len(logged):
                 bench.log.append({"row": encode_row(row)})
             rows.append(row if count > len(logged) else _checked(row, logged[count - 1]))
             parts = solved.constraint.parts if isinstance(solved.constraint, All) and self.remember else ()
-            bound.append(parts[0] if bound and parts else solved.constraint)
-            if solved.result not in (Result.nonfinite, Result.already_satisfied):
-                network = network.restarted(solved.params)
+            bound.append(parts[0] if asked and parts else solved.constraint)
+            if not (self.skip_failed and not solved.result.held):
+                asked.append(bound[-1])
+                if solved.result not in (Result.nonfinite, Result.already_satisfied):
+                    network = network.restarted(solved.params)
             if count in points - done:
                 found.append(_measured(bench, network, bound))
                 bench.log.append({"checkpoint": asdict(found[-1])})

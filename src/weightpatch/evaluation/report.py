@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any, final
 
 from ..editing import Result
 from ..errors import InvalidInput
+from ..network import preserved_rng
 from .metrics import Estimate, Flips, bootstrap_mean, wilson
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = ["Checkpoint", "Impact", "Report", "Row", "Summary"]
-
-_HELD = (Result.satisfied, Result.already_satisfied)
 
 
 @final
@@ -159,7 +158,7 @@ class Report:
         return Summary(
             edits=len(rows),
             already_satisfied=len(self.rows) - len(rows),
-            success=wilson(sum(row.result in _HELD for row in rows), len(rows)),
+            success=wilson(sum(row.result.held for row in rows), len(rows)),
             steps=bootstrap_mean([row.steps for row in rows]),
             drawdown=_mean(drawdowns),
             drawdown_absolute=_mean(map(abs, drawdowns)),
@@ -184,7 +183,8 @@ class Report:
         return text + f", base error {100 * self.base_error:.2f} %)"
 
     def __str__(self) -> str:
-        from rich.console import Console  # rich draws random numbers when it is imported
+        with preserved_rng():  # rich draws random numbers when it is imported
+            from rich.console import Console
 
         console = Console(width=100, record=False, force_terminal=False, no_color=True)
         with console.capture() as capture:

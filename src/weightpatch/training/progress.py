@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
+from ..network import preserved_rng
 from .validation import Figures
 
 __all__ = ["History", "bar", "told"]
@@ -37,8 +38,9 @@ class History:
 @contextmanager
 def bar(total: int, done: int, wanted: bool) -> Iterator[Callable[[int, str], None]]:
     """Show a progress bar where the output is a terminal; yield what moves it: (step, text)."""
-    from rich.console import Console  # rich draws random numbers when it is imported
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    with preserved_rng():  # rich draws random numbers when it is imported
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     if not (wanted and console.is_terminal):

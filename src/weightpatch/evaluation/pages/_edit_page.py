@@ -13,7 +13,7 @@ from torch import nn
 
 from ..._calling import Function, length
 from ...constraints import Constraint
-from ...editing import Edit, Result
+from ...editing import Edit
 from ...network import Network, preserved_rng, structural_clone
 from ...patches import Patch
 from ..comparison import Comparison, TestSet, check_labels, compare
@@ -70,7 +70,7 @@ def edit_page(
     seen = changes(found.comparison, test[0], names, picture, found.asked)
     view = {
         "edit": edit,
-        "held": edit.result in (Result.satisfied, Result.already_satisfied),
+        "held": edit.result.held,
         "found": found,
         "changes": seen,
         "lines": _lines(found.curve),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...constraints import Constraint
-from ...editing import Edit, Result
+from ...editing import Edit
 from ...errors import InvalidInput
 from ...network import preserved_rng
 from ..scoring import Scoring
@@ -67,7 +67,7 @@ def sentence_page(
     seen = sentences(found, [saying.text for saying in told])
     view = {
         "edit": edit,
-        "held": edit.result in (Result.satisfied, Result.already_satisfied),
+        "held": edit.result.held,
         "sayings": told,
         "sentences": seen,
         **made(edit),

@@ -140,6 +140,7 @@ def evaluate_facts(
     parameters: str | Sequence[str] = "*",
     keep: Locality | None = None,
     joint: bool = False,
+    skip_failed: bool = False,
     margin: float = 0.05,
     held_out: Sequence[str] = (),
     before: Unedited | None = None,
@@ -149,8 +150,9 @@ def evaluate_facts(
     """Edit facts into a language model, set by set, and judge each edited model by what it says; the model stays.
 
     The facts of a set are edited one on another, and the final model is judged on all of them; the next set starts from
-    the unedited model again. An edit that fails is applied too, unless its weights are not finite. Nothing is judged by
-    teacher forcing: an answer is decoded from its prompt alone. What is judged is what one patch makes of the model.
+    the unedited model again. An edit that fails is applied too, unless its weights are not finite or failed edits are
+    skipped. Nothing is judged by teacher forcing: an answer is decoded from its prompt alone. What is judged is what
+    one patch makes of the model.
 
     Args:
         language: the model.
@@ -160,6 +162,8 @@ def evaluate_facts(
         parameters: which parameters may move, as one or several glob patterns of their names.
         keep: what should stay, for editors that use it.
         joint: ask for all facts of a set in one edit.
+        skip_failed: leave out edits that fail, as one that ships no unmet demand would; their facts are judged all the
+            same.
         margin: by how much each token of a target is to win, in logits.
         held_out: texts for the perplexity.
         before: what `unedited` returned for these facts and texts, with settings of its own; measured when not given.
@@ -173,7 +177,7 @@ def evaluate_facts(
     sets = _sets(facts, sizes)
     if before.facts != tuple(facts) or before.held_out != tuple(held_out):
         raise InvalidInput("evaluate_facts was given before for other facts or texts; measure it for these, `unedited`")
-    run = _Run(language, before, editor, parameters, keep, joint, margin)
+    run = _Run(language, before, editor, parameters, keep, joint, skip_failed, margin)
     header = {
         "format": 1,
         "model": fingerprint(language.model),
@@ -182,7 +186,7 @@ def evaluate_facts(
         "editor": run.name,
         "parameters": [parameters] if isinstance(parameters, str) else list(parameters),
         "keep": None if keep is None else fingerprint({str(n): leaf for n, leaf in enumerate(leaves(keep.inputs))}),
-        "settings": [repr(dict(language.settings)), joint, margin],
+        "settings": [repr(dict(language.settings)), joint, margin, *(["skip failed"] if skip_failed else [])],
         "decoded": [before.tokens, before.continuation, before.continuations],
         "sets": sets,
     }
@@ -222,10 +226,11 @@ class _Run:
         parameters: str | Sequence[str],
         keep: Locality | None,
         joint: bool,
+        skip_failed: bool,
         margin: float,
     ) -> None:
         self._language = replace(language, settings={**language.settings, "max_new_tokens": before.tokens})
-        self._keep, self._joint, self._margin = keep, joint, margin
+        self._keep, self._joint, self._skip_failed, self._margin = keep, joint, skip_failed, margin
         self._facts, self._fingerprint = before.facts, before.fingerprint
         first = editor if isinstance(editor, Editor) else editor(before.facts[:1])
         self.name = repr(first)
@@ -247,10 +252,10 @@ class _Run:
                 torch.manual_seed(group[0])
                 with measured(network.device) as cost:
                     solved = solve(network, self._asked(facts), editor, self._keep)
-            held += solved.result in (Result.satisfied, Result.already_satisfied)
+            held += solved.result.held
             steps, seconds = steps + solved.steps, seconds + cost.seconds
             peaks.append(cost.peak_bytes)
-            if solved.result is not Result.nonfinite:
+            if solved.result is not Result.nonfinite and (solved.result.held or not self._skip_failed):
                 network = network.restarted(solved.params)
         params, nbytes = _shipped(self._language.model, network.rounded(network.start), self._fingerprint)
         known = [peak for peak in peaks if peak is not None]

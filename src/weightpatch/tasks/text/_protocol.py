@@ -248,7 +248,7 @@ def _made(
     began = time.monotonic()
     solved = solve(network, edit, editor, keep)
     seconds = time.monotonic() - began
-    held = solved.result in (Result.satisfied, Result.already_satisfied, Result.over_budget)
+    held = solved.result.held or solved.result is Result.over_budget
     decoded = _decoded(kind, edit, network, solved.params) if held else False
     facts = {
         "index": index,
