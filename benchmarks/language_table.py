@@ -75,6 +75,7 @@ class Row:
         least: the smallest.
         joint: asks for all facts of a set at once.
         keep: is given sentences to keep.
+        skip: leaves out edits that fail.
     """
 
     make: Callable[[int, float], Editor | Makes]
@@ -85,6 +86,7 @@ class Row:
     least: int = 1
     joint: bool = False
     keep: bool = False
+    skip: bool = False
 
 
 def down(layer: int) -> str:
@@ -148,6 +150,10 @@ class Bench:
             "MEMIT": Row(memit, like="ROME", layers=SPREAD, most=1),
             "AlphaEdit": Row(alphaedit, like="ROME", layers=SPREAD, most=100),
             "UltraEdit": Row(ultraedit, (1e-3, 1e-2), "ROME", most=100),
+            "ROME, failed edits left out": Row(rome, like="ROME", least=100, most=100, skip=True),
+            "AlphaEdit, failed edits left out": Row(
+                alphaedit, like="ROME", layers=SPREAD, least=100, most=100, skip=True
+            ),
             "Preconditioned, at once": Row(
                 lambda layer, rate: Preconditioned(metric=metric, max_steps=40),
                 like="RMSProp, shrunk",
@@ -175,6 +181,7 @@ class Bench:
             parameters=[f"{module}.weight" for module in written(layer, row.layers)],
             keep=kept(self.language) if row.keep else None,
             joint=row.joint,
+            skip_failed=row.skip,
             margin=MARGIN,
             held_out=before.held_out,
             before=before,
