@@ -11,7 +11,7 @@ LAYERS = (
     {"_calling", "gates"},
     {"constraints", "locality"},
     {"network", "patches"},
-    {"problem", "remembering"},
+    {"_terminal", "problem", "remembering"},
     {"editors"},
     {"statistics"},
     {"preparing"},

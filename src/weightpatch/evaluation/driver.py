@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from .._calling import check_batch
+from .._terminal import bar
 from ..constraints import Constraint
 from ..editing import Result
 from ..editors import Editor
 from ..errors import InvalidInput
 from ..locality import Locality
-from ..network import Network, check_finite, preserved_rng
+from ..network import Network, check_finite
 from ..patches import fingerprint
 from ..preparing import prepared
 from .bench import Bench
@@ -76,14 +76,18 @@ def evaluate(
     whole = model
     editor, model, network = prepared(model, parameters, editor, keep)
     header = _header(whole, network, edits, editor, (inputs, labels), keep, altered, protocol)
-    with Log(results, header) as log, _progress(len(edits), progress) as show:
+    with Log(results, header) as log, bar("editing", len(edits), 0, progress) as show:
         predictor = FastPredictor(model, network, inputs, batch_size, log.header.get("drift_items"))
         if predictor.untraced_because:
             reason = predictor.untraced_because
             warnings.warn(f"{type(whole).__name__} is judged as it is, which takes longer: {reason}", stacklevel=2)
         log.start(drift_items=predictor.drift_items)
         labels = labels.to(predictor.base.device)
-        bench = Bench(model, network, edits, editor, keep, altered, predictor, labels, log, show)
+
+        def told(rows: Sequence[Row]) -> None:
+            show(len(rows), _told(rows))
+
+        bench = Bench(model, network, edits, editor, keep, altered, predictor, labels, log, told)
         rows, checkpoints = protocol.run(bench)
     error = float((predictor.base != labels).double().mean())
     patterns = (parameters,) if isinstance(parameters, str) else tuple(parameters)
@@ -135,28 +139,6 @@ def _header(
         "altered": None if altered is None else getattr(altered, "__qualname__", type(altered).__qualname__),
         "protocol": repr(protocol),
     }
-
-
-@contextmanager
-def _progress(total: int, wanted: bool) -> Iterator[Callable[[Sequence[Row]], None]]:
-    with preserved_rng():  # rich draws random numbers when it is imported
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not (wanted and console.is_terminal):
-        yield lambda rows: None
-        return
-    columns = (
-        TextColumn("editing"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda rows: bar.update(task, completed=len(rows), description=_told(rows))
 
 
 def _told(rows: Sequence[Row]) -> str:

@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
+from .._terminal import console
 from ..editing import Result
 from ..errors import InvalidInput
-from ..network import preserved_rng
 from .metrics import Estimate, Flips, bootstrap_mean, wilson
 
 if TYPE_CHECKING:
@@ -183,12 +183,9 @@ class Report:
         return text + f", base error {100 * self.base_error:.2f} %)"
 
     def __str__(self) -> str:
-        with preserved_rng():  # rich draws random numbers when it is imported
-            from rich.console import Console
-
-        console = Console(width=100, record=False, force_terminal=False, no_color=True)
-        with console.capture() as capture:
-            console.print(self)
+        shown = console(width=100, record=False, force_terminal=False, no_color=True)
+        with shown.capture() as capture:
+            shown.print(self)
         return capture.get().rstrip("\n")
 
     def __rich_console__(self, console: Any, options: Any) -> Iterable[Table]:

@@ -14,6 +14,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor
 
 from .._calling import Inputs
+from .._terminal import bar
 from ..editors import IterativeEditor
 from ..errors import InvalidInput, MissingExtra
 from ..network import preserved_rng
@@ -22,7 +23,7 @@ from .curriculum import set_steps
 from .items import Items, TrainingData
 from .objective import EditableObjective
 from .placing import placed
-from .progress import History, bar, told
+from .progress import History, told
 from .samplers import Sampler
 from .settings import TrainSettings
 from .stepping import Stepper
@@ -120,7 +121,7 @@ def train(
     with preserved_rng(accelerator.device):
         try:
             run.prepare(data, sampler, optimiser, schedule)
-            with bar(settings.steps, run.step, progress and accelerator.is_main_process) as show:
+            with bar("training", settings.steps, run.step, progress and accelerator.is_main_process) as show:
                 run.finish(show)
             return run.outcome()
         finally:

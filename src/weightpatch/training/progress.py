@@ -1,18 +1,16 @@
-"""What a run tells while it goes on: a file of JSON lines, trackers, and a bar on the terminal."""
+"""What a run tells while it goes on: a file of JSON lines, and what is said beside it."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
-from ..network import preserved_rng
 from .validation import Figures
 
-__all__ = ["History", "bar", "told"]
+__all__ = ["History", "told"]
 
 
 @final
@@ -33,23 +31,6 @@ class History:
         """Append one line."""
         with self._path.open("a") as file:
             file.write(json.dumps({key: _finite(value) for key, value in facts.items()}) + "\n")
-
-
-@contextmanager
-def bar(total: int, done: int, wanted: bool) -> Iterator[Callable[[int, str], None]]:
-    """Show a progress bar where the output is a terminal; yield what moves it: (step, text)."""
-    with preserved_rng():  # rich draws random numbers when it is imported
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not (wanted and console.is_terminal):
-        yield lambda step, text: None
-        return
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.description}"), console=console) as progress:
-        task = progress.add_task("", total=total, completed=done)
-        yield lambda step, text: progress.update(task, completed=step, description=text)
 
 
 def told(loss: float, figures: Figures | None) -> str:
