@@ -177,11 +177,15 @@ class Cuts:
 
     def _same(self, places: Sequence[int], row: Vector) -> int | None:
         """Return which of these rows differs from another by rounding alone; such are as long."""
-        length = math.sqrt(row.square)
-        near = [place for place in places if abs(math.sqrt(self._rows[place].square) - length) <= 1e-4 * length]
+        length = _length(row)
+        near = [place for place in places if abs(_length(self._rows[place]) - length) <= 1e-4 * length]
         if near:
             inner = self._space.dots([self._rows[place] for place in near], [row]).squeeze(1).tolist()
             for place, product in zip(near, inner, strict=True):
                 if self._rows[place].square + row.square - 2 * product <= 1e-8 * row.square:
                     return place
         return None
+
+
+def _length(row: Vector) -> float:
+    return math.sqrt(max(row.square, 0.0))  # rounding may leave less than 0

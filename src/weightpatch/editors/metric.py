@@ -219,11 +219,11 @@ def _times(gradient: Tensor, inverse: Tensor, eps: float, left: Tensor | None = 
         eps: how exact the gradient is, relative.
         left: (groups, rows, rows), or None for 1.
     """
-
     rows, width = gradient.shape[-2:]
     most = min(_MOST, rows // 2, width // 2)
     costly = gradient.numel() * (width + (0 if left is None else rows)) >= _COSTLY
-    for rank in () if gradient.requires_grad or most < 2 * _RANK else (_RANK, most) if costly else (_RANK,):
+    tried = (_RANK, most) if costly else (_RANK,)
+    for rank in () if gradient.requires_grad or most < 2 * _RANK else tried:
         basis = _basis(gradient, rank, eps)
         if basis is not None:
             shares = gradient @ basis
