@@ -12,9 +12,10 @@ Success is what the edited model really writes. The drawdown is the loss of BLEU
 `untrained block` one as wide that is only fitted; without an edit both translate as the plain one does. Not shipped, to
 be trained first: `last layer trained` is examples/translator/last-layer.toml, `from scratch` scratch.toml, to be
 compared with the plain translator after as many steps, `as many plain steps`, which is first.toml; both are edited by
-gradient descent with the rates that scratch.toml learned. Metrics are two-sided, of 1,000 training pairs; gates go by
-the translations of 100 others. Learning rates are one setting each; --tune prints what others do to 30 validation
-sentences.
+gradient descent with the rates that scratch.toml learned. Where a row has fewer edits than others, they are the first
+ones, as --edits takes them; a run that was stopped continues edit by edit. Metrics are two-sided, of 1,000 training
+pairs; gates go by the translations of 100 others. Learning rates are one setting each; --tune prints what others do to
+30 validation sentences.
 """
 
 from __future__ import annotations

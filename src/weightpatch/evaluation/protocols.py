@@ -56,8 +56,8 @@ class Sequential(Protocol):
         checkpoints: after how many edits the model is measured, increasing.
         remember: whether each edit is asked to meet the demands of all earlier ones too. What is kept are the answers
             of the unedited model in any case, so that a budget is that of all edits together.
-        skip_failed: leave out edits that fail, as one that ships no unmet demand would; they count as edits, and are
-            tested, and neither are they asked of later ones.
+        skip_failed: leave out edits that fail, as one that ships no unmet demand would; they count as edits and are
+            tested, but are not asked of later ones.
     """
 
     checkpoints: tuple[int, ...] = (1, 10, 25, 50, 100)
@@ -90,7 +90,7 @@ class Sequential(Protocol):
             rows.append(row if count > len(logged) else _checked(row, logged[count - 1]))
             parts = solved.constraint.parts if isinstance(solved.constraint, All) and self.remember else ()
             bound.append(parts[0] if asked and parts else solved.constraint)
-            if not (self.skip_failed and not solved.result.held):
+            if solved.result.held or not self.skip_failed:
                 asked.append(bound[-1])
                 if solved.result not in (Result.nonfinite, Result.already_satisfied):
                     network = network.restarted(solved.params)
