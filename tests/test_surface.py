@@ -13,7 +13,7 @@ import weightpatch as wp
 
 def test_root_names_are_few_sorted_and_there():
     assert wp.__all__ == sorted(wp.__all__)
-    assert len(wp.__all__) <= 16
+    assert len(wp.__all__) <= 18
     for name in wp.__all__:
         assert getattr(wp, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
@@ -26,9 +26,11 @@ def test_root_names_are_few_sorted_and_there():
         "constraints",
         "editors",
         "evaluation",
+        "likelihoods",
         "locality",
         "network",
         "patches",
+        "records",
         "statistics",
         "tasks.images",
         "tasks.language",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from . import constraints, editors, errors, evaluation, training
+    from . import constraints, editors, errors, evaluation, likelihoods, training
     from .editing import Edit, Result, edit
     from .evaluation import Comparison, Report, compare, evaluate
     from .locality import Locality
@@ -37,6 +37,7 @@ __all__ = [
     "errors",
     "evaluate",
     "evaluation",
+    "likelihoods",
     "training",
 ]
 
