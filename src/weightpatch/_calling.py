@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +17,11 @@ from .errors import InvalidInput, NonFinite
 Params: TypeAlias = dict[str, Tensor]
 Function: TypeAlias = Callable[..., Any]
 Inputs: TypeAlias = "Tensor | tuple[Any, ...] | Mapping[str, Any]"
+Output: TypeAlias = "str | int | Callable[[Any], Tensor] | None"
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
+# What models of transformers return beside their answer, and what nobody reads as one
+_INTERNAL = re.compile(r"loss|.*(hidden_states?|attentions|past_key_values|mems|router_logits|image_embeds)|.*_loss")
 
 
 def call(function: Function, inputs: Inputs) -> Any:
@@ -22,18 +31,30 @@ def call(function: Function, inputs: Inputs) -> Any:
     return function(*inputs) if isinstance(inputs, tuple) else function(inputs)
 
 
-def outputs(function: Function, inputs: Inputs) -> Tensor:
-    """Call `function` and read one tensor from its answer: the tensor itself, its `logits`, or its first item.
+def outputs(function: Function, inputs: Inputs, output: Output = None) -> Tensor:
+    """Call `function` and read one tensor from its answer, as `selected` does.
 
     Half-precision answers are widened to float32 (exactly), so that differences of them are not rounded again.
     """
-    answer = read(call(function, inputs))
-    if not isinstance(answer, Tensor):
+    return selected(call(function, inputs), output)
+
+
+def selected(answer: Any, output: Output = None) -> Tensor:
+    """Return one tensor of a model's answer, float32 where it is of half precision.
+
+    Args:
+        answer: what the model returned.
+        output: its key, attribute, place, or a function that finds it; when not given the answer itself, its `logits`,
+            or its first item.
+    """
+    found = read(answer) if output is None else _found(answer, output)
+    if not isinstance(found, Tensor):
+        given = type(answer).__name__ if output is None else f"{type(found).__name__} as output={output!r}"
         raise InvalidInput(
-            f"the model returned {type(answer).__name__}; expected a tensor, an object with .logits, or a tuple that "
-            "starts with a tensor; wrap the model in a module that returns its logits"
+            f"the model returned {given}; expected a tensor. Its answer has {_shown(answer)}: say which one is meant, "
+            'as output="logits", output=0 or output=a function of the answer'
         )
-    return answer.float() if answer.dtype in (torch.float16, torch.bfloat16) else answer
+    return found.float() if found.dtype in (torch.float16, torch.bfloat16) else found
 
 
 def read(answer: Any) -> Any:
@@ -45,10 +66,29 @@ def read(answer: Any) -> Any:
     return answer[0] if isinstance(answer, (tuple, list)) and answer else answer
 
 
-def leaves(inputs: Inputs) -> Iterator[Tensor]:
-    """Yield the tensors of a batch, in order."""
-    parts = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple) else (inputs,)
-    yield from (part for part in parts if isinstance(part, Tensor))
+def unwatched(answer: Any, *watched: Output) -> list[str]:
+    """Name the floating outputs of an answer that none of these selections reads."""
+    seen = {id(_found(answer, output) if output is not None else read(answer)) for output in watched}
+    return [
+        name
+        for name, part in _parts(answer)
+        if isinstance(part, Tensor) and part.is_floating_point() and id(part) not in seen
+    ]
+
+
+def leaves(inputs: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a batch, in order, those of numpy arrays among them; nested tuples, lists, mappings too."""
+    if isinstance(inputs, Tensor):
+        yield inputs
+    elif isinstance(inputs, np.ndarray):
+        if inputs.dtype.kind in "biuf":
+            yield torch.as_tensor(inputs, device="cpu")
+    elif isinstance(inputs, Mapping):
+        for part in inputs.values():
+            yield from leaves(part)
+    elif isinstance(inputs, (tuple, list)):
+        for part in inputs:
+            yield from leaves(part)
 
 
 def length(inputs: Inputs) -> int:
@@ -57,14 +97,78 @@ def length(inputs: Inputs) -> int:
 
 
 def rows(inputs: Inputs, index: slice | Tensor) -> Any:
-    """Take some items of a batch; what is not a tensor stays as it is."""
+    """Take some items of a batch, in nested tuples, lists and mappings too.
 
-    def take(part: Any) -> Any:
-        return part[index] if isinstance(part, Tensor) and part.ndim else part
+    Tensors and arrays of as many rows as the batch has items are taken apart; those of one row, single numbers and
+    plain values go to every item as they are.
 
-    if isinstance(inputs, Mapping):
-        return {name: take(part) for name, part in inputs.items()}
-    return tuple(take(part) for part in inputs) if isinstance(inputs, tuple) else take(inputs)
+    Raises:
+        InvalidInput: there is something else in it.
+    """
+    return inputs[index] if isinstance(inputs, Tensor) and inputs.ndim else _taken(inputs, index, length(inputs))
+
+
+def _taken(part: Any, index: slice | Tensor, n: int) -> Any:
+    if isinstance(part, (Tensor, np.ndarray)):
+        if part.ndim and len(part) == n:
+            return part[index.cpu().numpy() if isinstance(part, np.ndarray) and isinstance(index, Tensor) else index]
+        if not part.ndim or len(part) == 1:
+            return part
+        raise InvalidInput(
+            f"a batch of {n} items holds {tuple(part.shape)} {str(part.dtype).removeprefix('torch.')}; expected {n} "
+            "rows, one an item, or one row for all of them"
+        )
+    if isinstance(part, Mapping):
+        return {name: _taken(value, index, n) for name, value in part.items()}
+    if isinstance(part, tuple) and hasattr(part, "_fields"):
+        return type(part)(*(_taken(value, index, n) for value in part))
+    if isinstance(part, (tuple, list)):
+        if isinstance(part, list) and len(part) == n > 1 and not any(leaves(part)):
+            raise InvalidInput(
+                f"a batch of {n} items holds a list of {n} values of {type(part[0]).__name__}; expected a tensor where "
+                "they belong to the items, or a tuple where they do not"
+            )
+        return type(part)(_taken(value, index, n) for value in part)
+    if isinstance(part, _PLAIN):
+        return part
+    raise InvalidInput(
+        f"a batch of {n} items holds a {type(part).__name__}, which cannot be taken apart item by item; expected "
+        "tensors, arrays, plain values, and tuples, lists and mappings of these"
+    )
+
+
+def _found(answer: Any, output: Output) -> Any:
+    try:
+        if callable(output):
+            return output(answer)
+        if isinstance(output, str) and not isinstance(answer, Mapping):
+            return getattr(answer, output)
+        return answer[output]
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise InvalidInput(
+            f"output={output!r} was asked of an answer that has {_shown(answer)} ({type(error).__name__}: {error}); "
+            "expected the key, attribute or place of one of these, or a function of the answer"
+        ) from error
+
+
+def _parts(answer: Any) -> list[tuple[str, Any]]:
+    """Return the named parts of an answer that somebody may read."""
+    if isinstance(answer, Mapping):
+        named = [(str(name), part) for name, part in answer.items()]
+    elif is_dataclass(answer):
+        named = [(field.name, getattr(answer, field.name)) for field in fields(answer)]
+    elif isinstance(answer, tuple) and hasattr(answer, "_fields"):
+        named = list(zip(answer._fields, answer, strict=True))
+    elif isinstance(answer, (tuple, list)):
+        named = [(str(place), part) for place, part in enumerate(answer)]
+    else:
+        named = []
+    return [(name, part) for name, part in named if not _INTERNAL.fullmatch(name)]
+
+
+def _shown(answer: Any) -> str:
+    shown = [f"{name!r}" for name, part in _parts(answer) if isinstance(part, Tensor)]
+    return ", ".join(shown[:8]) or f"no parts with names ({type(answer).__name__})"
 
 
 def describe(inputs: Inputs) -> str:

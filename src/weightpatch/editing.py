@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from enum import Enum
-from typing import Any, final
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ._calling import Inputs, Params, describe
-from ._cost import Cost, measured
+from ._calling import call, describe, unwatched
+from ._cost import measured as costed
+from .checking import check, measured
 from .constraints import Constraint, check_consistent
-from .editors import Attempt, Auto, Certificate, Editor, ladder
-from .errors import EditFailed, InvalidInput, NonFinite, ShapeMismatch
-from .gates import Gate
+from .editors import Auto, Editor, ladder
+from .errors import InvalidInput, NonFinite, ShapeMismatch
 from .locality import Locality
-from .network import GATE, Network, check_finite
-from .patches import Patch, applied, base_fingerprint
+from .making import patched
+from .network import Network, check_finite
+from .outcome import Edit, Result, Solved
+from .patches import applied
 from .preparing import prepared
 from .problem import Problem
 from .remembering import noted, recalled, without_patches
@@ -27,113 +28,6 @@ from .remembering import noted, recalled, without_patches
 __all__ = ["Edit", "Result", "Solved", "edit", "solve"]
 
 _ROUNDS = 16  # searches with ever stricter constraints, until the model as deployed does what is asked
-
-
-class Result(Enum):
-    """How an edit ended; the value is advice."""
-
-    satisfied = "every demand is met on the final weights"
-    already_satisfied = "every demand was met before the edit; nothing was changed"
-    unsatisfied = (
-        "some demand is not met; allow more steps, a larger learning rate, more parameters, or a smaller margin"
-    )
-    stalled = (
-        "some demand is not met and the editor changed no weight: its gradient is 0, or its step is smaller than the "
-        "model's dtype resolves; try a larger learning rate, other parameters, or allow at least one step"
-    )
-    infeasible = (
-        "the demands contradict each other: no values of these parameters meet them all; certificate.infeasible says "
-        "which, drop one of them or allow more parameters"
-    )
-    over_budget = (
-        "every demand is met, but more changes on what is kept than max_drift or the editor's budget allow; ask for "
-        "less, allow other parameters, or use an editor that is more local"
-    )
-    nonfinite = "the edited weights or outputs are NaN or infinite; try a smaller learning rate"
-
-    @property
-    def held(self) -> bool:
-        """Whether every demand is met, and no budget broken."""
-        return self in (Result.satisfied, Result.already_satisfied)
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Solved:
-    """One editor's answer to one constraint, checked by a full pass on weights rounded to the model's own dtype.
-
-    Attributes:
-        result: how it ended.
-        params: the edited parameters, rounded to the model's dtypes.
-        steps: how many updates were made.
-        before: the largest violation before the edit.
-        after: the largest violation on `params`.
-        drift: KL(before || after) on the kept inputs, nats; None without them.
-        constraint: the constraint with today's answers bound.
-        certificate: what an exact editor can say about its answer.
-        attempts: what a ladder tried, in turn.
-        within: whether the editor's own budget is kept.
-        refined: a stricter constraint, where the demands hold and yet the model as deployed does otherwise.
-    """
-
-    result: Result
-    params: Params
-    steps: int
-    before: float
-    after: float
-    drift: float | None
-    constraint: Constraint
-    certificate: Certificate | None = None
-    attempts: tuple[Attempt, ...] = ()
-    within: bool = True
-    refined: Constraint | None = None
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Edit:
-    """One attempt's outcome; the model itself is as it was.
-
-    Attributes:
-        result: how it ended; `result.value` is advice.
-        steps: how many updates the editor made.
-        violation: the largest violation on the final weights; met where at most 0.
-        drift: KL(before || after) on the kept inputs, nats; None without them.
-        cost: seconds and peak memory.
-        patch: what changed, or None where the outcome is not finite.
-        constraint: what was asked, with today's answers bound.
-        editor: what looked for it.
-        certificate: what an exact editor can say about its answer.
-        attempts: what a ladder, as `Auto`, tried, in turn; ``print(*found.attempts, sep="\\n")`` explains its choice.
-    """
-
-    result: Result
-    steps: int
-    violation: float
-    drift: float | None
-    cost: Cost
-    patch: Patch | None
-    constraint: Constraint
-    editor: Editor
-    certificate: Certificate | None = None
-    attempts: tuple[Attempt, ...] = ()
-
-    def raise_for_result(self) -> Edit:
-        """Return self when the constraint holds, else raise `EditFailed` with the advice."""
-        if self.result.held:
-            return self
-        raise EditFailed(
-            f"the edit is {self.result.name} after {self.steps} steps (violation {self.violation:.4g}, "
-            f"expected at most 0): {self.result.value}"
-        )
-
-    def __repr__(self) -> str:
-        parts = [self.result.name, f"steps={self.steps}", f"violation={self.violation:.3g}"]
-        if self.drift is not None:
-            parts.append(f"drift={self.drift:.2g}")
-        if self.patch is not None:
-            parts.append(f"{len(self.patch.operations)} tensors, {_size(self.patch.nbytes)}")
-        return f"Edit({', '.join(parts)})"
 
 
 def edit(
@@ -156,13 +50,13 @@ def edit(
         constraint: what must become true.
         editor: how; when not given `editors.Auto()`, a ladder that ends with a gate, where `keep` is given, and
             `editors.ladder()` where it is not.
-        keep: what should stay: measured as `drift`, a penalty where the editor has a `keep_weight`, and the reference
-            data of `Auto`.
+        keep: what should stay: half of it is the reference data of `Auto` and a penalty where the editor has a
+            `keep_weight`; on the other half, which the search does not see, the edit is judged.
         parameters: which parameters may move, as one or several glob patterns of their names.
         max_drift: refuse an edit that drifts more than this on what is kept, in nats: its result is `over_budget`.
         remember: keep to the demands of the patches that are applied to the model, and write this one's, its inputs
-            too, into the patch; where inputs are tensors and demands are of kind `Classified` or `Within`. An `Auto`
-            has one budget for all these patches together then.
+            too, into the patch, as far as their kind can be recorded. An `Auto` has one budget for all these patches
+            together then.
 
     Raises:
         ConflictingConstraints: an applied patch demands another class of the same input.
@@ -174,31 +68,44 @@ def edit(
     limit = _limit(max_drift, keep)
     check_finite(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with measured(device) as cost:
-        asked = recalled(model, constraint, device) if remember else constraint
-        if remember and keep is not None and isinstance(editor, Auto) and applied(model):
-            keep = keep.bind(Network(without_patches(model)).before)
-        editor, _, network = prepared(model, parameters, editor, keep)
+    with costed(device) as cost:
+        asked, unchecked = recalled(model, constraint, device) if remember else (constraint, ())
+        for left in unchecked:
+            warnings.warn(f"not checked: the demand {left}", stacklevel=2)
+        plain = Network(model, parameters)
+        with plain.isolated():
+            keep = None if keep is None else _ready(keep, constraint, plain)
+            _say_unwatched(plain, asked, keep)
+            if remember and keep is not None and isinstance(editor, Auto) and applied(model):
+                keep = keep.bind(Network(without_patches(model)).before)
+        editor, _, network = prepared(model, parameters, editor, keep, asked)
         solved = solve(network, asked, editor, keep, limit)
-        patterns = [parameters] if isinstance(parameters, str) else parameters
         made = {
             "editor": repr(editor),
-            "settings": {"parameters": ", ".join(patterns)},
+            "settings": {"parameters": parameters if isinstance(parameters, str) else ", ".join(parameters)},
             "constraint": solved.constraint.kind if asked is constraint else constraint.kind,
-            "demands": noted(solved.constraint, constraint) if remember else (),
         }
-        patch, solved = _patch(model, network, solved, keep, limit, made)
+        patch, solved = patched(model, network, solved, keep, limit, made)
+        if patch is not None and remember:
+            with network.isolated():
+                demands, unrecorded = noted(solved.constraint, constraint, network.before, network.full(solved.params))
+            patch = patch.annotated(demands=demands, unrecorded=unrecorded)
+            for one in unrecorded:
+                warnings.warn(f"the patch does not remember its demand {one.kind}: {one.reason}", stacklevel=2)
     return Edit(
-        solved.result,
-        solved.steps,
-        solved.after,
-        solved.drift,
-        cost,
-        patch,
-        solved.constraint,
-        editor,
-        solved.certificate,
-        solved.attempts,
+        result=solved.result,
+        steps=solved.steps,
+        violation=solved.after,
+        kept=solved.kept,
+        held_out=solved.held_out,
+        cost=cost,
+        patch=patch,
+        constraint=solved.constraint,
+        editor=editor,
+        certificate=solved.certificate,
+        attempts=solved.attempts,
+        reality=solved.reality,
+        unchecked=unchecked,
     )
 
 
@@ -215,7 +122,9 @@ def solve(
     search begins anew with the stricter constraint.
     """
     with network.isolated():
+        keep = None if keep is None else _ready(keep, constraint, network)
         bound, before = _today(network, constraint)
+        keep = None if keep is None else keep.without(bound)
         steps, solved = 0, None
         for _ in range(_ROUNDS):
             solved = _solve(network, bound, editor, keep, max_drift)
@@ -231,51 +140,58 @@ def _solve(network: Network, bound: Constraint, editor: Editor, keep: Locality |
     """Run `editor` once on a constraint with today's answers bound."""
     with torch.no_grad():
         before = float(bound.violation(network.before).max())
+    now = network.rounded(network.start)
     if before <= 0:
-        refined = bound.refined(network.deployed(network.start))
-        result, drift = (
-            Result.already_satisfied if refined is None else Result.unsatisfied,
-            None if keep is None else 0.0,
+        same = Solved(Result.already_satisfied, now, 0, before, before, None, None, bound)
+        found = check(network, same, keep)
+        return found if found.result is not Result.satisfied else replace(found, result=Result.already_satisfied)
+    seen, unseen = (None, None) if keep is None else keep.split
+    problem = Problem(network.start, network.at, bound, seen, unseen, network.narrow, network.given)
+    run = editor.run(problem)
+    if run.params.keys() != network.start.keys():
+        raise InvalidInput(f"{editor!r} returned parameters {sorted(run.params)}; expected {sorted(network.start)}")
+    shipped = editor.settled(problem, run)
+    judged = None
+    if shipped is not run and keep is not None:  # it has now seen what judges it
+        judged = measured(network, network.rounded(run.params), keep)[1]
+    unsure = Solved(
+        result=Result.unsatisfied,
+        params=shipped.params,
+        steps=run.steps,
+        before=before,
+        after=math.nan,
+        kept=None,
+        held_out=judged,
+        constraint=bound,
+        certificate=run.certificate,
+        attempts=run.attempts,
+        within=shipped.within,
+    )
+    return check(network, unsure, keep, max_drift)
+
+
+def _ready(keep: Locality, constraint: Constraint, network: Network) -> Locality:
+    """Return what is kept, knowing what its outputs mean."""
+    return keep.of(constraint).fitted(network.before)
+
+
+def _say_unwatched(network: Network, constraint: Constraint, keep: Locality | None) -> None:
+    """Warn of outputs that nothing is asked of, and nothing kept: an edit may change them without a word."""
+    if not constraint.batches:
+        return
+    asked = [part.output for part in constraint.conjuncts] + [part.output for part in (keep.parts if keep else ())]
+    try:
+        with torch.no_grad():
+            others = unwatched(call(network.before, constraint.batches[0]), *asked)
+    except (RuntimeError, ValueError, TypeError, IndexError):  # whoever asks it next explains
+        return
+    if others:
+        warnings.warn(
+            f"the model also answers {', '.join(map(repr, others[:8]))}, which no demand and no locality watches: an "
+            "edit may change that. Keep it too, as keep & wp.Locality(inputs, output=..., likelihood=...), or say "
+            "which output is meant: output=...",
+            stacklevel=3,
         )
-        now = network.rounded(network.start)
-        return Solved(result, now, 0, before, before, drift, bound, refined=refined)
-    found = editor.run(Problem(network.start, network.at, bound, keep, network.narrow, network.given))
-    if found.params.keys() != network.start.keys():
-        raise InvalidInput(f"{editor!r} returned parameters {sorted(found.params)}; expected {sorted(network.start)}")
-    facts = (found.certificate, found.attempts, found.within)
-    unchecked = Solved(Result.unsatisfied, found.params, found.steps, before, math.nan, None, bound, *facts)
-    return check(network, unchecked, keep, max_drift)
-
-
-def check(network: Network, solved: Solved, keep: Locality | None, max_drift: float = math.inf) -> Solved:
-    """Grade parameters by a full pass, in the model's own dtype, on the bound constraint, and as deployed."""
-    params, refined = network.rounded(solved.params), None
-    with torch.no_grad():
-        after = float(solved.constraint.violation(network.full(params)).max())
-        finite = math.isfinite(after) and all(bool(p.isfinite().all()) for p in params.values())
-        drift = None if keep is None or not finite else _drift(network, params, keep)
-    if not finite:
-        result = Result.nonfinite
-    elif after <= 0 and (refined := solved.constraint.refined(network.deployed(params))) is not None:
-        result = Result.unsatisfied
-    elif after <= 0:
-        kept = solved.within and (drift is None or drift <= max_drift)
-        result = Result.satisfied if kept else Result.over_budget
-    elif solved.certificate is not None and solved.certificate.affine and solved.certificate.infeasible:
-        result = Result.infeasible
-    elif all(torch.equal(p, q) for p, q in zip(params.values(), network.rounded(network.start).values(), strict=True)):
-        result = Result.stalled
-    else:
-        result = Result.unsatisfied
-    return replace(solved, result=result, params=params, after=after, drift=drift, refined=refined)
-
-
-def _drift(network: Network, params: Params, keep: Locality) -> float:
-    moved = [name for name, start in network.rounded(network.start).items() if not torch.equal(start, params[name])]
-    if not moved and keep.answers is None:
-        return 0.0
-    at = network.narrow(moved)
-    return float(keep.drift(*(at({name: some[name] for name in moved}) for some in (network.start, params))))
 
 
 def _today(network: Network, constraint: Constraint) -> tuple[Constraint, float]:
@@ -302,7 +218,7 @@ def _today(network: Network, constraint: Constraint) -> tuple[Constraint, float]
 
 
 def _explain(error: Exception, network: Network, constraint: Constraint) -> None:
-    inputs: Inputs | None = getattr(constraint, "inputs", None)
+    inputs = next(iter(constraint.batches), None)
     if inputs is None or isinstance(error, InvalidInput):
         return
     name, weight = network.first_weight
@@ -311,50 +227,6 @@ def _explain(error: Exception, network: Network, constraint: Constraint) -> None
         f"{name} {tuple(weight.shape)} {str(weight.dtype)[6:]} on {weight.device}. "
         "Check the shape, dtype and device of the inputs."
     )
-
-
-def _patch(
-    model: nn.Module,
-    network: Network,
-    solved: Solved,
-    keep: Locality | None,
-    max_drift: float,
-    made: dict[str, Any],
-) -> tuple[Patch | None, Solved]:
-    """Make the patch and grade the weights it composes to; make an exact one where rounding lost the demand."""
-    if solved.result is Result.nonfinite:
-        return None, solved
-    base, own = network.rounded(network.start), dict(model.state_dict())
-    plain = {name: value for name, value in solved.params.items() if f".{GATE}." not in name}
-    gates = {name: value for name, value in solved.params.items() if name not in plain}
-    facts: dict[str, Any] = {
-        "fingerprint": base_fingerprint(model),
-        "requires": tuple(patch.id for patch in applied(model)),
-        **made,
-    }
-    for exact in (False, True):
-        patch = Patch.between(own, plain, gates=_gates(gates), exact=exact, **facts)
-        composed = {**base, **gates, **{name: value.to(network.device) for name, value in patch.result(own).items()}}
-        graded = solved
-        if not all(torch.equal(composed[name], value) for name, value in solved.params.items()):
-            with network.isolated():
-                graded = check(network, replace(solved, params=composed), keep, max_drift)
-        if graded.result is solved.result:
-            break
-    metrics: dict[str, str | int | float] = {"result": graded.result.name, "steps": graded.steps}
-    metrics |= {"violation": graded.after} | ({} if graded.drift is None else {"drift": graded.drift})
-    return replace(patch, manifest=replace(patch.manifest, metrics=metrics)), graded
-
-
-def _gates(params: Params) -> dict[str, Gate]:
-    """Return the gates that are in use, by layer."""
-    found = {}
-    for name, radii in params.items():
-        layer, _, part = name.rpartition(f".{GATE}.")
-        if part == "radii" and bool((used := radii >= 0).any()):
-            keys, values = (params[f"{layer}.{GATE}.{other}"][used] for other in ("keys", "values"))
-            found[layer] = Gate(keys, radii[used], values)
-    return found
 
 
 def _check_arguments(model: nn.Module, constraint: Constraint, editor: Editor, keep: Locality | None) -> None:
@@ -377,13 +249,3 @@ def _limit(max_drift: float | None, keep: Locality | None) -> float:
             f"edit was given max_drift={max_drift} and keep={keep!r:.40}; expected nats, at least 0, and a Locality"
         )
     return max_drift
-
-
-def _size(nbytes: int) -> str:
-    return (
-        f"{nbytes} B"
-        if nbytes < 1000
-        else f"{nbytes / 1000:.1f} kB"
-        if nbytes < 1_000_000
-        else f"{nbytes / 1e6:.1f} MB"
-    )

@@ -61,6 +61,11 @@ class Likelihood(ABC):
         """The unit of `figure`."""
         return ""
 
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to be read off outputs."""
+        return True
+
     def fitted(self, outputs: Tensor) -> Likelihood:
         """Return this likelihood with everything fixed that was left to be read off outputs, such as a scale."""
         return self
@@ -130,8 +135,15 @@ class Categorical(Likelihood):
         """The unit of `figure`."""
         return "%"
 
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to be read off outputs."""
+        return self.of is not None
+
     def fitted(self, outputs: Tensor) -> Categorical:
         """Fix the dimension and what the outputs are."""
+        if self.of is not None:
+            return self
         dim = _dimension(outputs, self.dim)
         return Categorical(dim, self._of(_laid(self, outputs, dim)))
 
@@ -227,12 +239,19 @@ class Bernoulli(Likelihood):
         """The unit of `figure`."""
         return "%"
 
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to be read off outputs."""
+        return self.of is not None
+
     def fitted(self, outputs: Tensor) -> Bernoulli:
         """Fix the dimension and what the outputs are.
 
         Raises:
             InvalidInput: few outputs that all lie in [0, 1] can be either.
         """
+        if self.of is not None:
+            return self
         of = self._of(outputs)
         return Bernoulli(of, self.dim if outputs.ndim == 1 else _dimension(outputs, self.dim))
 
@@ -353,13 +372,18 @@ class Gaussian(Likelihood):
         """What `figure` is called."""
         return "RMSE"
 
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to be read off outputs."""
+        return self.scale is not None and self.tolerance is not None
+
     def fitted(self, outputs: Tensor) -> Gaussian:
         """Take what is not given from the spread of these outputs.
 
         Raises:
             InvalidInput: the outputs have no spread.
         """
-        if self.scale is not None and self.tolerance is not None:
+        if self.complete:
             return self
         laid = _events(outputs.detach().double(), self.dim).flatten(0, -2)
         spread = laid.std(0, correction=0)

@@ -2,75 +2,344 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import final
+from functools import cached_property
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from ._calling import Function, Inputs, check_batch, outputs
-from .errors import ShapeMismatch
+from ._calling import Function, Inputs, Output, call, check_batch, leaves, rows, selected
+from .constraints import Constraint
+from .effects import Effect
+from .errors import InvalidInput, ShapeMismatch
+from .likelihoods import Likelihood
 
-__all__ = ["Locality", "divergence"]
+__all__ = ["Locality"]
+
+_JUDGED = 0.5  # the share of the kept items that no part of the search sees
+_SEEN = 512  # items whose answers say what outputs are
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Locality:
-    """How far the predictions on these inputs move: the mean of KL(before || after), in nats.
+    """How far the predictions on these inputs move: the mean over positions of KL(before || after), in nats.
 
     Both sides must be functions in the same mode (the driver and `evaluate` give two evaluation-mode functions), so
-    that an edit that changes nothing drifts by exactly 0.
+    that an edit that changes nothing drifts by exactly 0. ``a & b`` keeps several outputs, or several kinds of inputs:
+    their drifts add up.
+
+    A search uses one half of the items, and is judged on the other half, which it does not see. An item belongs to the
+    same half in every edit: its digest decides.
 
     Args:
         inputs: a batch of n items.
-        mask: which positions count, bool, the shape of the logits without their class dimension: (n,) or (n, length).
-            Positions where it is False (padding) count neither in the sum nor in the mean.
-        answers: the logits to stay with, as `bind` fixes them; those of the model that is edited when not given.
+        mask: which positions count, bool, (n,) or (n, ...). Positions where it is False (padding) count neither in the
+            sum nor in the mean.
+        answers: the outputs to stay with, as `bind` fixes them; those of the model that is edited when not given.
+        likelihood: what the outputs mean, such as ``likelihoods.Gaussian()`` for numbers; that of the constraint when
+            not given.
+        output: which tensor of a structured answer is kept: key, attribute, place or function; that of the constraint
+            when not given.
+        groups: (n,) numbers: items of one group, as sentences of one document, are in the same half.
+        judge: items to judge on, in place of half of these.
+        others: what is kept beside, as `&` joins it.
+
+    >>> Locality(torch.zeros(4, 2), likelihood=wp.likelihoods.Categorical()).split[1] is not None
+    True
     """
 
     inputs: Inputs
     mask: Tensor | None = None
     answers: Tensor | None = None
+    likelihood: Likelihood | None = None
+    output: Output = None
+    groups: Tensor | Sequence[int] | None = None
+    judge: Locality | None = None
+    others: tuple[Locality, ...] = ()
 
     def __post_init__(self) -> None:
-        check_batch(self.inputs, "Locality")
+        n = check_batch(self.inputs, "Locality")
         if self.mask is not None and not bool(self.mask.any()):
             raise ShapeMismatch(
                 "Locality was given a mask that is False everywhere; expected at least one position to count"
             )
+        if self.groups is not None and len(self.groups) != n:
+            raise ShapeMismatch(f"Locality was given {n} inputs and {len(self.groups)} groups; expected one an input")
+
+    def __and__(self, other: Locality) -> Locality:
+        return replace(self, others=(*self.others, *other.parts))
+
+    @property
+    def parts(self) -> tuple[Locality, ...]:
+        """What is kept, one output of one batch each."""
+        return (replace(self, others=()), *self.others) if self.others else (self,)
+
+    @property
+    def batches(self) -> tuple[Inputs, ...]:
+        """The batches of the parts, each once."""
+        return tuple(part.inputs for part in _apart(self.parts))
+
+    @property
+    def items(self) -> int:
+        """Count the items."""
+        return sum(check_batch(part.inputs, "Locality") for part in _apart(self.parts))
+
+    def of(self, constraint: Constraint) -> Locality:
+        """Return the same, with the constraint's likelihood and output where none is given.
+
+        Raises:
+            InvalidInput: the parts of the constraint do not agree, or do not say.
+        """
+        found = {(repr(part.likelihood), str(part.output)): part for part in constraint.conjuncts}
+        made = []
+        if all(part.likelihood is not None for part in (*self.parts, *(self.judge.parts if self.judge else ()))):
+            return self
+        for part in self.parts:
+            if part.likelihood is None:
+                if len({type(one.likelihood) for one in found.values()}) > 1 or len({key[1] for key in found}) > 1:
+                    kinds = ", ".join(sorted({f"{one.kind} ({one.likelihood!r:.40})" for one in found.values()}))
+                    raise InvalidInput(
+                        f"the demands are about outputs of different kinds: {kinds}; say what is kept: "
+                        "wp.Locality(inputs, likelihood=..., output=...), several of them joined by &"
+                    )
+                first = next(iter(found.values()))
+                output = first.output if part.output is None else part.output
+                part = replace(part, likelihood=first.likelihood, output=output)
+            made.append(part)
+        judge = None if self.judge is None else self.judge.of(constraint)
+        return replace(made[0], others=tuple(made[1:]), judge=judge)
+
+    @torch.no_grad()
+    def fitted(self, function: Function) -> Locality:
+        """Return the same, what likelihoods leave open being read off what `function` answers now to all items.
+
+        Raises:
+            InvalidInput: nothing says what the outputs mean.
+        """
+        if all(part.meaning.complete for part in self.parts) and self.judge is None:
+            return self
+        asked, made = _Asked(function), []
+        for part in self.parts:
+            answers = part.answers if part.answers is not None or part.meaning.complete else asked(_spread(part))
+            made.append(part if answers is None else replace(part, likelihood=part.meaning.fitted(answers)))
+        judge = self.judge
+        if judge is not None and len(judge.parts) == len(made):  # of one unit with what is kept
+            pairs = zip(judge.parts, made, strict=True)
+            judged = [replace(own, likelihood=own.likelihood or part.likelihood) for own, part in pairs]
+            judge = replace(judged[0], others=tuple(judged[1:])).fitted(function)
+        return replace(made[0], others=tuple(made[1:]), judge=judge)
 
     @torch.no_grad()
     def bind(self, function: Function) -> Locality:
-        """Return what should stay as `function` answers now: what many edits change is then measured together."""
-        return replace(self, answers=outputs(function, self.inputs).detach())
+        """Return what should stay as `function` answers now: what many edits change is then measured together.
+
+        Raises:
+            InvalidInput: nothing says what the outputs mean.
+        """
+        if all(part.answers is not None and part.meaning.complete for part in self.parts) and self.judge is None:
+            return self
+        asked, made = _Asked(function), []
+        for part in self.parts:
+            answers = asked(part).detach() if part.answers is None else part.answers
+            made.append(replace(part, answers=answers, likelihood=part.meaning.fitted(answers)))
+        judge = None if self.judge is None else self.judge.bind(function)
+        return replace(made[0], others=tuple(made[1:]), judge=judge)
+
+    @property
+    def meaning(self) -> Likelihood:
+        """What the outputs mean.
+
+        Raises:
+            InvalidInput: neither this nor a constraint said.
+        """
+        if self.likelihood is None:
+            raise InvalidInput(
+                "Locality does not know what the model's outputs mean, and the constraint does not say; write "
+                "wp.Locality(inputs, likelihood=wp.likelihoods.Categorical()) for classes, Bernoulli() for tags, "
+                "Gaussian() for numbers"
+            )
+        return self.likelihood
 
     def drift(self, before: Function, after: Function) -> Tensor:
-        """Return the mean KL divergence over the positions that count, a scalar in nats.
+        """Return the mean KL divergence over the positions that count, of several outputs their sum: a scalar in nats.
 
         The reference, `before` unless `answers` are bound, is detached: gradient flows through `after` alone.
         """
-        reference = self.answers
-        if reference is None:
-            with torch.no_grad():
-                reference = outputs(before, self.inputs).detach()
-        answers = outputs(after, self.inputs)
-        if self.mask is not None and reference.shape == answers.shape:
-            if self.mask.shape != answers.shape[:-1]:
-                raise ShapeMismatch(
-                    f"Locality was given a mask of shape {tuple(self.mask.shape)}; expected {tuple(answers.shape[:-1])}"
-                )
-            reference, answers = reference[self.mask], answers[self.mask]
-        return divergence(reference, answers).mean()
+        asked, parts = _Asked(after), self.parts
+        with torch.no_grad():
+            known = _Asked(before)
+            references = [known(part).detach() if part.answers is None else part.answers for part in parts]
+        each = [
+            part._counted(part.meaning.divergence(reference, asked(part)))
+            for part, reference in zip(parts, references, strict=True)
+        ]
+        return torch.stack([values.mean() for values in each]).sum() if len(each) > 1 else each[0].mean()
 
+    @torch.no_grad()
+    def effect(self, after: Function) -> Effect:
+        """Return what changed from the answers that are bound.
 
-def divergence(before: Tensor, after: Tensor) -> Tensor:
-    """Return KL(softmax(before) || softmax(after)) over the last dimension of logits, in nats, shape (...,)."""
-    if before.shape != after.shape or before.shape[-1] < 2:
-        raise ShapeMismatch(
-            f"a KL divergence was asked of outputs {tuple(before.shape)} and {tuple(after.shape)}; expected two equal "
-            "shapes of logits with at least 2 classes on the last dimension"
+        An item changed where any of its positions did, of any output. Divergences that are not finite count as changed.
+        """
+        asked, found = _Asked(after), list[tuple[Locality, Tensor, Tensor]]()
+        for part in self.parts:
+            if part.answers is None:
+                raise InvalidInput("Locality does not know the answers to stay with; call keep.bind(model) first")
+            now = asked(part)
+            found.append((part, part.meaning.divergence(part.answers, now), part.meaning.changed(part.answers, now)))
+        counts = [part._mask_of(drift) for part, drift, _ in found]
+        moved = [(other & mask) for (_, _, other), mask in zip(found, counts, strict=True)]
+        items = changed = 0
+        for first in _apart(self.parts):
+            same = [place for place, (part, _, _) in enumerate(found) if part.inputs is first.inputs]
+            items += int(torch.stack([_whole(counts[place]) for place in same]).any(0).sum())
+            changed += int(torch.stack([_whole(moved[place]) for place in same]).any(0).sum())
+        drifts = [float(drift[mask].double().mean()) for (_, drift, _), mask in zip(found, counts, strict=True)]
+        names = dict.fromkeys(part.meaning.name for part in self.parts)
+        positions = sum(int(mask.sum()) for mask in counts)
+        return Effect(
+            items, changed, positions, sum(int(other.sum()) for other in moved), sum(drifts), ", ".join(names)
         )
-    p, q = before.log_softmax(-1), after.log_softmax(-1)
-    possible = p > -torch.inf  # a class of probability 0 adds nothing, also where both sides are -inf
-    return (p.exp() * (p.where(possible, 0) - q.where(possible, 0))).sum(-1)
+
+    def unchanged(self) -> Effect:
+        """Return the effect of an edit that changes nothing."""
+        counts = [part.items if part.mask is None else int(part.mask.sum()) for part in self.parts]
+        items = [part.items if part.mask is None else int(_whole(part.mask).sum()) for part in _apart(self.parts)]
+        names = dict.fromkeys(part.meaning.name for part in self.parts)
+        return Effect(sum(items), 0, sum(counts), 0, 0.0, ", ".join(names))
+
+    def take(self, count: int) -> Locality:
+        """Return the first items of every part, without those that judge."""
+        return replace(_joined(self.parts, lambda part: slice(count)), judge=None)
+
+    @cached_property
+    def split(self) -> tuple[Locality, Locality | None]:
+        """What a search may see, and what it is judged on; None for a single item, which can be no more than seen.
+
+        An item's half follows from the SHA-256 of its values, or from its group's.
+        """
+        if self.judge is not None:
+            return replace(self, judge=None), self.judge
+        halves = {id(part.inputs): part._halves for part in _apart(self.parts)}
+        if any(half is None for half in halves.values()):
+            return self, None
+        seen, unseen = (
+            _joined(self.parts, lambda part, side=side: halves[id(part.inputs)][side])  # type: ignore[misc, index]
+            for side in (0, 1)
+        )
+        return seen, unseen
+
+    def without(self, constraint: Constraint) -> Locality | None:
+        """Return what is left without the items that the constraint asks about; None where nothing is left."""
+        asked = {key for batch in constraint.batches for key in digests(batch)}
+        stays = {id(part.inputs): [key not in asked for key in part._digests] for part in _apart(self.parts)}
+        if all(map(all, stays.values())):
+            return self
+        left = [part for part in self.parts if any(stays[id(part.inputs)])]
+        index = {key: torch.tensor(rows, device="cpu").nonzero().squeeze(1) for key, rows in stays.items()}
+        return replace(_joined(left, lambda part: index[id(part.inputs)]), judge=self.judge) if left else None
+
+    def _taken(self, index: slice | Tensor, inputs: Inputs) -> Locality:
+        mask, answers = (
+            part if part is None else part[index if isinstance(index, slice) else index.to(part.device)]
+            for part in (self.mask, self.answers)
+        )
+        groups = None if self.groups is None else torch.as_tensor(self.groups, device="cpu")[index]
+        return replace(self, inputs=inputs, mask=mask, answers=answers, groups=groups, judge=None, others=())
+
+    @cached_property
+    def _digests(self) -> list[bytes]:
+        return digests(self.inputs)
+
+    @cached_property
+    def _halves(self) -> tuple[Tensor, Tensor] | None:
+        """Which items a search sees, and which judge it; None where they cannot be told apart."""
+        keys = self._digests
+        if self.groups is not None:
+            names = torch.as_tensor(self.groups, device="cpu").tolist()
+            least: dict[Any, bytes] = {}
+            for name, key in zip(names, keys, strict=True):
+                least[name] = min(key, least.get(name, key))
+            keys = [least[name] for name in names]
+        shares = [int.from_bytes(key[:6], "little") / 2**48 for key in keys]
+        if len(set(shares)) < 2:
+            return None
+        low, high = min(shares), max(shares)  # at least one on either side
+        judged = torch.tensor([share == low or (share < _JUDGED and share != high) for share in shares], device="cpu")
+        return (~judged).nonzero().squeeze(1), judged.nonzero().squeeze(1)
+
+    def _mask_of(self, positions: Tensor) -> Tensor:
+        """Return which positions count, of the positions' shape."""
+        if self.mask is None:
+            return torch.ones_like(positions, dtype=torch.bool)
+        if self.mask.shape != positions.shape:
+            raise ShapeMismatch(
+                f"Locality was given a mask of shape {tuple(self.mask.shape)}; expected {tuple(positions.shape)}"
+            )
+        return self.mask.to(positions.device)
+
+    def _counted(self, positions: Tensor) -> Tensor:
+        return positions if self.mask is None else positions[self._mask_of(positions)]
+
+
+class _Asked:
+    """Answers of one function, which is called once on a batch that several parts share."""
+
+    def __init__(self, function: Function) -> None:
+        self._function, self._known = function, list[tuple[Any, Any]]()
+
+    def __call__(self, part: Locality) -> Tensor:
+        for inputs, answer in self._known:
+            if inputs is part.inputs:
+                return selected(answer, part.output)
+        self._known.append((part.inputs, call(self._function, part.inputs)))
+        return selected(self._known[-1][1], part.output)
+
+
+def digests(inputs: Inputs) -> list[bytes]:
+    """Return the SHA-256 of each item of a batch."""
+    parts = [leaf.detach().cpu() for leaf in leaves(inputs) if leaf.ndim]
+    n = len(parts[0]) if parts else 0
+    whole = [part.reshape(n, -1).clone(memory_format=torch.contiguous_format) for part in parts if len(part) == n]
+    own = [part.view(torch.uint8).numpy() for part in whole]
+    return [hashlib.sha256(b"".join(part[row].tobytes() for part in own)).digest() for row in range(n)]
+
+
+def _joined(parts: Sequence[Locality], index: Callable[[Locality], slice | Tensor]) -> Locality:
+    """Return some items of all parts; those that share a batch share it still."""
+    taken = {id(part.inputs): _rows(part.inputs, index(part)) for part in _apart(parts)}
+    made = [part._taken(index(part), taken[id(part.inputs)]) for part in parts]
+    return replace(made[0], others=tuple(made[1:]))
+
+
+def _spread(part: Locality) -> Locality:
+    """Return some items, from all over the batch: enough to see what outputs are and how they spread."""
+    step = -(-part.items // _SEEN)
+    inputs = part.inputs if step < 2 else _rows(part.inputs, torch.arange(0, part.items, step, device="cpu"))
+    return replace(part, inputs=inputs)
+
+
+def _apart(parts: Sequence[Locality]) -> list[Locality]:
+    """Return the first part of each batch."""
+    found: list[Locality] = []
+    for part in parts:
+        if not any(part.inputs is other.inputs for other in found):
+            found.append(part)
+    return found
+
+
+def _whole(positions: Tensor) -> Tensor:
+    """Return for each item whether anything is True, (n,)."""
+    return positions.reshape(len(positions), -1).any(1)
+
+
+def _rows(inputs: Inputs, index: slice | Tensor) -> Inputs:
+    if isinstance(index, Tensor):
+        device = next((leaf.device for leaf in leaves(inputs)), index.device)
+        index = index.to(device)
+    found: Inputs = rows(inputs, index)
+    return found

@@ -8,13 +8,14 @@ from glob import escape
 from torch import nn
 
 from ._calling import check_batch
+from .constraints import Constraint
 from .editors import Auto, Editor
 from .editors.base import parts
 from .editors.metric import Metric
 from .errors import InvalidInput
 from .locality import Locality
 from .network import GATE, Network, is_linear, is_transposed, select, with_slots, with_taps
-from .statistics import called, categorical, second_moments
+from .statistics import called, categorical, on_path, second_moments
 
 __all__ = ["prepared"]
 
@@ -24,13 +25,25 @@ _SHRINKAGE = 0.001  # the least drawdown of 0.0003 to 0.1 on Fashion-MNIST, from
 
 
 def prepared(
-    model: nn.Module, parameters: str | Sequence[str], editor: Editor, keep: Locality | None
+    model: nn.Module,
+    parameters: str | Sequence[str],
+    editor: Editor,
+    keep: Locality | None,
+    constraint: Constraint,
 ) -> tuple[Editor, nn.Module, Network]:
-    """Return the editor, a model with the room for gates that it needs, and a view of it; the model itself stays."""
+    """Return the editor, a model with the room for gates that it needs, and a view of it; the model itself stays.
+
+    Args:
+        model: the user's.
+        parameters: which may move.
+        editor: an `Auto` without rungs gets its usual ones, from the half of `keep` that a search may see.
+        keep: what should stay, knowing what its outputs mean.
+        constraint: what is asked, or one of several edits: layers are those that its answers depend on.
+    """
     if isinstance(editor, Auto) and not editor.rungs:
         if keep is None:
             raise InvalidInput(f"{editor!r} needs something to keep; pass keep=wp.Locality(inputs)")
-        editor = _completed(editor, model, parameters, keep)
+        editor = _completed(editor, model, parameters, keep.split[0], constraint)
     taps = _taps(editor)
     if not editor.slots and not taps:
         return editor, model, Network(model, parameters)
@@ -53,12 +66,15 @@ def _taps(editor: Editor) -> list[str]:
     return list(dict.fromkeys(name for part in parts(editor) if isinstance(part, Editor) for name in part.taps))
 
 
-def _completed(auto: Auto, model: nn.Module, parameters: str | Sequence[str], keep: Locality) -> Auto:
+def _completed(
+    auto: Auto, model: nn.Module, parameters: str | Sequence[str], keep: Locality, constraint: Constraint
+) -> Auto:
     """Give the ladder its usual rungs for this model, with statistics of what is kept."""
-    weights = dict(model.named_parameters())
-    sides = _sides(model)
+    weights, sides = dict(model.named_parameters()), _sides(model)
+    asked = on_path(model, constraint)
     late = [name for name in called(model, keep.inputs, parameters=parameters) if sides[name][1] < _WIDEST]
-    readouts = [name for name in called(model, keep.inputs) if weights[name].ndim == 2]
+    late = [name for name in late if name in asked]
+    readouts = [name for name in called(model, keep.inputs) if weights[name].ndim == 2 and name in asked]
     metric = _metric(model, late[-4:], keep) if late else None
     gate = _layer(model, weights[readouts[-1]]) if readouts else None
     return Auto.late(metric, gate=gate, budget=auto.budget, altered=auto.altered)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,7 +12,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ._calling import Function, Inputs, Params, call
+from ._calling import Function, Inputs, Params
 from .constraints import Constraint
 from .errors import InvalidInput
 from .locality import Locality
@@ -27,17 +29,21 @@ class Problem:
         start: the unedited parameters by name, float32 or float64.
         at: the model with other parameters, as a function of inputs; differentiable in them.
         constraint: what must hold, already bound to today's answers.
-        keep: what should stay, or None.
+        keep: what should stay, as far as a search may see it, or None.
+        judge: what a search is judged on and does not see; None where there are too few items.
         narrow: the model with some of these parameters, given their names: a faster `at` for fewer; or None.
         given: what a layer with slots is given by the unedited model for a batch, kept from edit to edit; or None.
+        deadline: when a search ends with what it has, by `time.perf_counter`.
     """
 
     start: Params
     at: Callable[[Params], Function]
     constraint: Constraint
     keep: Locality | None = None
+    judge: Locality | None = None
     narrow: Callable[[Sequence[str]], Callable[[Params], Function]] | None = None
     given: Callable[[str, Inputs], Tensor] | None = None
+    deadline: float = math.inf
 
     def part(self, names: Sequence[str], start: Params | None = None) -> Problem:
         """Return the problem in which only some parameters may move.
@@ -65,19 +71,26 @@ class Problem:
         """Say whether every demand holds."""
         return self.worst(params) <= 0
 
+    @property
+    def expired(self) -> bool:
+        """Whether the deadline has passed."""
+        return time.perf_counter() >= self.deadline
+
     def drift(self, params: Params) -> Tensor:
         """Return how far predictions move on `keep`, a scalar in nats, differentiable in params."""
-        if self.keep is None:
+        if self.kept is None:
             raise InvalidInput("keep_weight needs something to keep; pass keep=wp.Locality(inputs)")
-        return self.keep.drift(self._before, self.at(params))
+        return self.kept.drift(self.at(self.start), self.at(params))
 
     @cached_property
-    def _before(self) -> Function:
-        """Answer for the kept inputs as the unedited model does, which is asked once."""
-        assert self.keep is not None
-        with torch.no_grad():
-            answer = call(self.at(self.start), self.keep.inputs)
-        return lambda *args, **kwargs: answer
+    def kept(self) -> Locality | None:
+        """What is kept, with the answers of the unedited model, which is asked once."""
+        return None if self.keep is None else self.keep.bind(self.at(self.start))
+
+    @cached_property
+    def judged(self) -> Locality | None:
+        """What is judged on, likewise."""
+        return None if self.judge is None else self.judge.bind(self.at(self.start))
 
     def distance(self, params: Params) -> Tensor:
         """Return ½ ||params - start||², a scalar."""

@@ -3,51 +3,68 @@
 from __future__ import annotations
 
 import copy
+import math
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .constraints import All, Classified, Constraint, Within
-from .patches import Demand, applied
+from ._calling import Function
+from .constraints import All, Constraint, restored
+from .errors import InvalidInput
+from .patches import Demand, Unrecorded, applied
+from .records import Record
 
 __all__ = ["noted", "recalled", "without_patches"]
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_HELD = (*_FLOATS, torch.uint8, torch.int16, torch.int32, torch.int64)
 
-
-def noted(bound: Constraint, asked: Constraint) -> tuple[Demand, ...]:
-    """Return what was asked, with today's answers bound, as a patch can hold it; what it cannot hold is left out.
+def noted(
+    bound: Constraint, asked: Constraint, before: Function, after: Function
+) -> tuple[list[Demand], list[Unrecorded]]:
+    """Return what was asked, with today's answers bound, as a patch can hold it, and what it cannot hold.
 
     Args:
         bound: what was solved: what was asked, and then what is remembered.
         asked: the same before it was bound.
+        before: the model as it was, for the violations.
+        after: the edited one.
     """
-    found = []
-    for part in _parts(bound)[: len(_parts(asked))]:
-        if isinstance(part, Classified) and isinstance(part.inputs, Tensor):
-            found.append(("Classified", part.margin, part.inputs, part.labels))
-        elif isinstance(part, Within) and isinstance(part.inputs, Tensor):
-            found.append(("Within", part.tolerance, part.inputs, part.targets))
-    return tuple(Demand(*facts) for facts in found if facts[2].dtype in _HELD and facts[3].dtype in _HELD)
+    demands, unrecorded = [], []
+    for part in bound.conjuncts[: len(asked.conjuncts)]:
+        try:
+            demands.append(Demand(part.record(), _largest(part, before), _largest(part, after)))
+        except InvalidInput as error:
+            unrecorded.append(Unrecorded(part.kind, " ".join(str(error).split())[:1000]))
+    return demands, unrecorded
 
 
-def recalled(model: nn.Module, constraint: Constraint, device: torch.device) -> Constraint:
-    """Return the constraint with the demands of all patches that are on the model."""
+def recalled(model: nn.Module, constraint: Constraint, device: torch.device) -> tuple[Constraint, tuple[str, ...]]:
+    """Return the constraint with the demands of all patches that are on the model, and what cannot be asked again."""
     earlier: list[Constraint] = []
-    for demand in (demand for patch in applied(model) for demand in patch.demands):
-        inputs, wanted = demand.inputs.to(device), demand.wanted.to(device)
-        if demand.kind == "Classified":
-            earlier.append(Classified(inputs, wanted.long(), demand.limit))
-        else:
-            earlier.append(Within(inputs, wanted, demand.limit))
-    return All((constraint, *earlier)) if earlier else constraint
+    unchecked: list[str] = []
+    for patch in applied(model):
+        unchecked += [f"{one.kind} of patch {patch.id[:12]}: {one.reason}" for one in patch.unrecorded]
+        for demand in patch.demands:
+            found = restored(_on(demand.record, device))
+            if found is None:
+                record = demand.record
+                unchecked.append(
+                    f"{record.kind} {record.version} of patch {patch.id[:12]}: no class of this process reads it; "
+                    "register one with weightpatch.constraints.register"
+                )
+            else:
+                earlier.append(found)
+    return All((constraint, *earlier)) if earlier else constraint, tuple(unchecked)
 
 
-def _parts(constraint: Constraint) -> tuple[Constraint, ...]:
-    if not isinstance(constraint, All):
-        return (constraint,)
-    return tuple(part for whole in constraint.parts for part in _parts(whole))
+def _on(record: Record, device: torch.device) -> Record:
+    return replace(record, tensors={name: tensor.to(device) for name, tensor in record.tensors.items()})
+
+
+def _largest(part: Constraint, function: Function) -> float | None:
+    with torch.no_grad():
+        found = float(part.violation(function).max())
+    return found if math.isfinite(found) else None
 
 
 def without_patches(model: nn.Module) -> nn.Module:

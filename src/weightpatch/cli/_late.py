@@ -56,9 +56,4 @@ def late_weights(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[str, ...]
 
 def inputs_of(constraint: Constraint) -> Mapping[str, Any]:
     """Return a batch that a demand gives the model."""
-    from ..constraints import All, Says
-
-    first = constraint.parts[0] if isinstance(constraint, All) else constraint
-    if isinstance(first, Says):
-        return first.frame.batch(first.source, [first.answer])[0]
-    return dict(first.inputs)  # type: ignore[attr-defined]
+    return dict(constraint.batches[0])

@@ -191,8 +191,8 @@ def facts_of(found: Edit) -> dict[str, Any]:
         "advice": found.result.value,
         "steps": found.steps,
         "violation": found.violation,
-        "drift": found.drift,
-        "attempts": [asdict(attempt) for attempt in found.attempts],
+        **found.effects(),
+        "attempts": [attempt.to_json() for attempt in found.attempts],
         "cost": asdict(found.cost),
         "patch": None if found.patch is None else {"id": found.patch.id, "bytes": found.patch.nbytes},
     }

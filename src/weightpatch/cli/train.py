@@ -200,9 +200,9 @@ def _altered(inputs: Any, generator: Generator) -> Any:
 
 
 def _to_outputs(answer: Tensor, target: Tensor) -> Tensor:
-    from ..locality import divergence
+    from ..likelihoods import Categorical, Of
 
-    return divergence(target, answer).mean()
+    return Categorical(-1, Of.logits).divergence(target, answer).mean()
 
 
 def _facts(found: Trained) -> dict[str, Any]:

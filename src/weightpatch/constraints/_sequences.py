@@ -7,21 +7,24 @@ demands know frames, never tokenizers or models.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property, partial
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from .._calling import Function, check_batch, outputs
+from .._calling import Function, Inputs, check_batch, leaves, outputs
 from ..errors import InvalidInput, ShapeMismatch
-from ._demands import Constraint, Piece
+from ..likelihoods import Categorical, Of
+from ..records import Record
+from ._base import Ask, Constraint, Piece
+from ._demands import IGNORED, bytes_of
+from ._recording import packed, unpacked
 
-__all__ = ["IGNORED", "CausalFrame", "Frame", "Preferred", "Says", "Seq2SeqFrame", "token_scores"]
+__all__ = ["CausalFrame", "Frame", "Preferred", "Says", "Seq2SeqFrame", "token_scores"]
 
-IGNORED = -100
 _FEW = 1  # rival, before the tokens of an answer have to win by more
 _ROWS = 16  # of a batch of several demands: more gain no time
 Decode = Callable[[nn.Module], Tensor]
@@ -151,6 +154,7 @@ class Preferred(Constraint):
     frame: Frame
     margin: float = 0.0
     total: bool = False
+    likelihood: Categorical = Categorical(-1, Of.logits)
 
     def __post_init__(self) -> None:
         _check(self, "target", self.target)
@@ -174,6 +178,22 @@ class Preferred(Constraint):
     def batch(self) -> tuple[dict[str, Any], Tensor]:
         """The model's inputs and the labels, the same tensors every time, so that passes are replayed."""
         return self.frame.cut(*self.frame.batch(self.source, (self.target, *self.over)))
+
+    @property
+    def batches(self) -> tuple[Inputs, ...]:
+        """The one batch of the target and its alternatives."""
+        return (self.batch[0],)
+
+    def record(self) -> Record:
+        """Write the source, the target, the alternatives and the frame."""
+        tensors, told = _recorded(self, [self.target, *self.over])
+        return Record("weightpatch/preferred", 1, tensors, told | {"total": self.total})
+
+    @classmethod
+    def restored(cls, record: Record) -> Preferred:
+        """Read them."""
+        source, (target, *over), frame, margin = _restored(record)
+        return cls(source, target, tuple(over), frame, margin, bool(record.scalars["total"]))
 
 
 @final
@@ -203,6 +223,7 @@ class Says(Constraint):
     margin: float = 0.0
     decode: Decode | None = None
     rivals: tuple[Tensor, ...] = ()
+    likelihood: Categorical = Categorical(-1, Of.logits)
 
     def __post_init__(self) -> None:
         _check(self, "answer", self.answer)
@@ -241,6 +262,34 @@ class Says(Constraint):
     def joined(self, other: Constraint) -> Constraint | None:
         """Return both where their batches need no padding to be one."""
         return _Together((self,)).joined(other)
+
+    @property
+    def batches(self) -> tuple[Inputs, ...]:
+        """The one batch of the answer and its rivals."""
+        return (self.batch[0],)
+
+    def asks(self) -> Iterator[Ask]:
+        """Yield each token, after those before it: an answer contradicts another one where they part."""
+        source = b"".join(bytes_of(leaf) for leaf in leaves(self.source))
+        for place, token in enumerate(self.answer.tolist()):
+            key = source + b"answer" + bytes_of(self.answer[:place])
+            wanted = torch.tensor(token, dtype=torch.float64, device="cpu")
+            yield Ask(key, wanted, 0.0, partial(_token, place))
+
+    def record(self) -> Record:
+        """Write the source, the answer, its rivals and the frame, without what decodes.
+
+        A demand that comes back asks that every token is the likeliest in its place, which greedy decoding needs, and
+        has the rivals of a beam that were found.
+        """
+        tensors, told = _recorded(self, [self.answer, *self.rivals])
+        return Record("weightpatch/says", 1, tensors, told | {"decodes": self.decode is not None})
+
+    @classmethod
+    def restored(cls, record: Record) -> Says:
+        """Read them."""
+        source, (answer, *rivals), frame, margin = _restored(record)
+        return cls(source, answer, frame, margin, rivals=tuple(rivals))
 
     def refined(self, model: nn.Module) -> Says | None:
         """Add what `model` generates instead as a rival, or ask for a larger margin; None where it says the answer."""
@@ -329,3 +378,37 @@ def _with(first: Sequence[int], tokens: Tensor) -> Tensor:
 def _padded(rows: Sequence[Tensor], value: int) -> Tensor:
     """Return rows of different lengths as one tensor, (m, longest)."""
     return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+
+
+def _token(place: int, _: int, token: float) -> str:
+    return f"token {int(token)} at place {place}"
+
+
+def _recorded(demand: Preferred | Says, sequences: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, source = packed(demand.source, "source")
+    tensors |= {f"tokens{place}": tokens for place, tokens in enumerate(sequences)}
+    frame: dict[str, Any] = {f.name: getattr(demand.frame, f.name) for f in fields(demand.frame)}
+    frame = {name: list(value) if isinstance(value, tuple) else value for name, value in frame.items()}
+    options = frame["options"] = dict(frame["options"])
+    odd = [name for name, value in options.items() if not isinstance(value, (bool, int, float, str, type(None)))]
+    kind = type(demand.frame)
+    if odd or kind not in _FRAMES.values():
+        what = f"options {odd}" if odd else f"a {kind.__name__}"
+        raise InvalidInput(f"its frame has {what}, which a patch file cannot hold")
+    name = next(name for name, known in _FRAMES.items() if known is kind)
+    told = {"source": source, "sequences": len(sequences), "margin": float(demand.margin), "frame": {name: frame}}
+    return tensors, told
+
+
+def _restored(record: Record) -> tuple[Mapping[str, Any], list[Tensor], Frame, float]:
+    told: Mapping[str, Any] = record.scalars
+    ((name, given),) = told["frame"].items()
+    plain = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    source, count = unpacked(told["source"], record.tensors), told["sequences"]
+    if not isinstance(source, dict) or not isinstance(count, int):
+        raise ValueError("a source is no mapping")
+    sequences = [record.tensors[f"tokens{place}"] for place in range(count)]
+    return source, sequences, _FRAMES[name](**plain), float(told["margin"])
+
+
+_FRAMES: dict[str, Any] = {"seq2seq": Seq2SeqFrame, "causal": CausalFrame}

@@ -1,4 +1,4 @@
-"""A ladder that ends well: the first way that holds within a budget, and a gate where none does."""
+"""Automatic selection: the first editor whose edit holds within a budget, a gate where none does."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeAlias, final
 
 import torch
-from torch import Tensor
 
-from .._calling import outputs, rows
 from ..constraints import All, altered
+from ..effects import Effect
 from ..errors import InvalidInput, NotEditable
-from ..locality import Locality
 from ..network import GATE
 from ..problem import Problem
 from .base import Attempt, Editor, Solution
@@ -37,25 +35,33 @@ _LATE = 3  # layers before the readout that are tried
 @final
 @dataclass(frozen=True)
 class Budget:
-    """What an edit may cost, measured on what is kept.
+    """What an edit may cost, measured on kept items that no part of the search has seen.
 
     Args:
-        changed: the share of kept answers that may become others; a loss of accuracy is never larger than this.
-        drift: the mean KL(before || after), nats.
+        changed: the share of these items whose answer may become another one; a loss of accuracy is never larger.
+        drift: the mean KL(before || after) on them, nats.
         generality: of the altered copies, the share for which the demands have to hold; needs `altered`.
-        seconds: once they are spent, what is left of the ladder is its last rung.
+        seconds: once they are spent a search ends with what it has, and of the rungs only gates are left.
+        certain: hold the 95 % upper bound of the share to `changed`, not the share that was seen: with few kept items
+            then no edit is within the budget (0 of 200 is at most 1.5 %).
     """
 
     changed: float = 0.005
     drift: float = math.inf
     generality: float = 1.0
     seconds: float = 30.0
+    certain: bool = False
 
     def __post_init__(self) -> None:
         for name in ("changed", "drift", "generality", "seconds"):
             value = getattr(self, name)
             if not value >= 0 or (name in ("changed", "generality") and value > 1):
                 raise InvalidInput(f"Budget was given {name}={value}; expected at least 0, and shares at most 1")
+
+    def allows(self, effect: Effect) -> bool:
+        """Say whether an effect is within the budget."""
+        share = effect.upper if self.certain else effect.share
+        return share <= self.changed and effect.drift <= self.drift
 
 
 @final
@@ -82,9 +88,9 @@ class Auto(Editor):
     """Climb rungs until one holds within the budget; each starts from the unedited parameters.
 
     ``Auto()`` is what `wp.edit` uses where something is kept and no editor is given: the rungs are those of `late`,
-    with statistics of what is kept. A rung that holds is judged on what is kept: how many answers became others, and
-    how far they drift. Where no rung is within the budget, the one that holds and changes least is taken, and the
-    outcome says so.
+    with statistics of one half of what is kept. A rung that holds is judged on the other half, which it has not seen:
+    how many items answer otherwise, and how far predictions drift. Where no rung is within the budget, the one that
+    holds and changes least is taken, and the outcome says so.
 
     Args:
         rungs: in order; when not given, `wp.edit` and `evaluate` make the usual ones, which needs `keep`.
@@ -115,18 +121,19 @@ class Auto(Editor):
         """Return the usual ladder over the last layers of a metric.
 
         Exact at the last layer; least-norm repair of the three before it, one by one and then together; preconditioned
-        gradient descent on these, walked back; RMSProp with KL on everything that may move, walked back; a gate.
+        gradient descent on these, walked back; a gate; and, where that does not do, the slowest: RMSProp with KL on
+        everything that may move, walked back.
 
         Args:
             metric: of late layers, in the order in which the model calls them; None for a ladder without them.
-            gate: the layer of the last rung; without it there is none.
+            gate: the layer of a gate; without it there is none.
             budget: what an edit may cost.
             altered: makes altered copies of inputs.
             count: how many keys the gate has room for.
         """
         rungs = [] if metric is None else _late(metric)
-        rungs.append(Rung("RMSProp with KL", ladder(100.0), kept=_KEPT))
         rungs += [] if gate is None else [Rung(f"gate at {gate}", Gate(gate, count))]
+        rungs.append(Rung("RMSProp with KL", ladder(100.0), kept=_KEPT))
         return cls(tuple(rungs), budget or Budget(), altered)
 
     def __repr__(self) -> str:
@@ -145,11 +152,14 @@ class Auto(Editor):
         asked = problem
         if self.altered is not None:
             asked = replace(problem, constraint=All((problem.constraint, altered(problem.constraint, self.altered))))
-        began, tried, steps, spent = time.perf_counter(), list[Attempt](), 0, self._spent(problem)
+        deadline = time.perf_counter() + self.budget.seconds
+        tried, steps, spent = list[Attempt](), 0, self._spent(problem)
         best, least = Solution(problem.start, 0), (True, math.inf, math.inf)
-        for place, rung in enumerate(self.rungs):
-            skipped = (spent or time.perf_counter() - began >= self.budget.seconds) and place < len(self.rungs) - 1
-            climbed = None if skipped else self._climbed(rung, asked)
+        for rung in self.rungs:
+            sure = isinstance(rung.editor, Gate)
+            if not sure and (spent or time.perf_counter() >= deadline):
+                continue
+            climbed = self._climbed(rung, replace(asked, deadline=math.inf if sure else deadline), len(tried) + 1)
             if climbed is None:
                 continue
             attempt, rank, found = climbed
@@ -161,15 +171,23 @@ class Auto(Editor):
                 break
         return replace(best, steps=steps, attempts=tuple(tried), within=bool(tried) and tried[-1].within)
 
+    def settled(self, problem: Problem, solution: Solution) -> Solution:
+        """Return the solution as the rungs ship it."""
+        for rung in self.rungs:
+            solution = rung.editor.settled(problem, solution)
+        return solution
+
     @torch.no_grad()
     def _spent(self, problem: Problem) -> bool:
         """Say whether earlier edits have used up what all of them together may change."""
         if problem.keep is None or problem.keep.answers is None:
             return False
-        changed = _changed(problem.keep, outputs(problem.at(problem.start), problem.keep.inputs))
+        figure = problem.judged or problem.kept
+        assert figure is not None
+        changed = figure.effect(problem.at(problem.start)).share
         return changed > 0 and changed >= _SPENT * self.budget.changed
 
-    def _climbed(self, rung: Rung, problem: Problem) -> tuple[Attempt, Rank, Solution] | None:
+    def _climbed(self, rung: Rung, problem: Problem, tries: int) -> tuple[Attempt, Rank, Solution] | None:
         """Return what one rung comes to; None where it has nothing to move."""
         gates = tuple(f"{layer}.{GATE}.*" for layer in rung.editor.slots)
         names = [n for n in problem.start if any(fnmatchcase(n, pattern) for pattern in gates or rung.parameters)]
@@ -181,46 +199,32 @@ class Auto(Editor):
             found = rung.editor.run(_fewer(part, rung.kept))
         except NotEditable:  # the answers that are asked about do not depend on this layer
             return None
-        attempt, rank = self._judged(rung.name, part, found, time.perf_counter() - began)
+        attempt, rank = self._judged(rung.name, part, found, time.perf_counter() - began, tries)
         return attempt, rank, replace(found, params={**problem.start, **found.params})
 
     @torch.no_grad()
-    def _judged(self, name: str, problem: Problem, found: Solution, seconds: float) -> tuple[Attempt, Rank]:
-        keep, function, budget = problem.keep, problem.at(found.params), self.budget
-        violation = problem.violation(found.params)
-        changed, drift, generality = None, None, None
+    def _judged(self, name: str, problem: Problem, found: Solution, seconds: float, tries: int) -> tuple[Attempt, Rank]:
+        function, budget = problem.at(found.params), self.budget
+        violation, generality = problem.violation(found.params), None
         if self.altered is not None:  # all demands, and then their copies
             assert isinstance(problem.constraint, All)
             own, copies = problem.constraint.parts
             violation, generality = own.violation(function), float(copies.met(function).double().mean())
         worst = float(violation.max())
         held = worst <= 0
-        if keep is not None:
-            before = outputs(problem.at(problem.start), keep.inputs) if keep.answers is None else keep.answers
-            after = outputs(function, keep.inputs)
-            changed = _changed(keep, after, before)
-            drift = float(keep.drift(lambda *_, **__: before, lambda *_, **__: after))
-        limits = ((changed, budget.changed), (drift, budget.drift))
-        within = held and all(value is None or value <= limit for value, limit in limits)
+        kept, held_out = (
+            None if keep is None else keep.effect(function).after(tries) for keep in (problem.kept, problem.judged)
+        )
+        figure = held_out or kept
+        within = held and (figure is None or budget.allows(figure))
         within = within and (generality is None or generality >= budget.generality)
-        attempt = Attempt(name, held, within, changed, drift, generality, found.steps, seconds)
-        return attempt, (not held, (changed or 0.0) if held else worst, drift or 0.0)
-
-
-def _changed(keep: Locality, after: Tensor, before: Tensor | None = None) -> float:
-    before = keep.answers if before is None else before
-    assert before is not None
-    other = before.argmax(-1) != after.argmax(-1)
-    return float((other if keep.mask is None else other[keep.mask]).double().mean())
+        attempt = Attempt(name, held, within, kept, held_out, generality, found.steps, seconds)
+        share, drift = (0.0, 0.0) if figure is None else (figure.share, figure.drift)
+        return attempt, (not held, share if held else worst, drift)
 
 
 def _fewer(problem: Problem, kept: int | None) -> Problem:
-    keep = problem.keep
-    if kept is None or keep is None:
-        return problem
-    mask, answers = (None if part is None else part[:kept] for part in (keep.mask, keep.answers))
-    some = Locality(rows(keep.inputs, slice(kept)), mask, answers)
-    return replace(problem, keep=some)
+    return problem if kept is None or problem.keep is None else replace(problem, keep=problem.keep.take(kept))
 
 
 def _late(metric: Metric) -> list[Rung]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .._calling import Params
+from ..effects import Effect
 from ..errors import InvalidInput, NotEditable
 from ..problem import Problem
 from .metric import Metric
@@ -61,8 +62,8 @@ class Attempt:
         name: of the rung.
         held: whether every demand was met.
         within: whether that was within the budget.
-        changed: the share of the kept answers that became others; None where nothing is kept.
-        drift: KL(before || after) on the kept inputs, nats; None likewise.
+        kept: what changed on the kept items that the search saw; None where nothing is kept.
+        held_out: what changed on those that it did not see; None likewise, and where there is one item alone.
         generality: the share of the altered copies for which the demands hold; None without them.
         steps: how many updates it took.
         seconds: what it took.
@@ -71,16 +72,21 @@ class Attempt:
     name: str
     held: bool
     within: bool
-    changed: float | None
-    drift: float | None
+    kept: Effect | None
+    held_out: Effect | None
     generality: float | None
     steps: int
     seconds: float
 
+    def to_json(self) -> dict[str, Any]:
+        """Return all of it as plain values."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        return own | {name: effect and effect.to_json() for name, effect in own.items() if isinstance(effect, Effect)}
+
     def __str__(self) -> str:
         parts = ["taken" if self.within else "over the budget" if self.held else "does not hold"]
-        parts += [] if self.changed is None else [f"changes {100 * self.changed:.2f} % of what is kept"]
-        parts += [] if self.drift is None else [f"drift {self.drift:.2g} nats"]
+        parts += [] if self.kept is None else [f"changes {self.kept.changed} of {self.kept.items} kept"]
+        parts += [] if self.held_out is None else [f"{self.held_out} held out, drift {self.held_out.drift:.2g} nats"]
         parts += [] if self.generality is None else [f"generality {100 * self.generality:.0f} %"]
         return f"{self.name}: {', '.join(parts)}, {self.steps} steps, {1000 * self.seconds:.0f} ms"
 
@@ -121,6 +127,15 @@ class Editor(ABC):
     @abstractmethod
     def run(self, problem: Problem) -> Solution:
         """Return the parameters this editor arrives at from `problem.start`, solved or not."""
+
+    def settled(self, problem: Problem, solution: Solution) -> Solution:
+        """Return the solution as it is shipped: less may change than was judged, never more.
+
+        Args:
+            problem: the same; what judged, `problem.judge`, may be looked at now.
+            solution: what `run` returned.
+        """
+        return solution
 
 
 def parts(value: Any) -> Iterator[Any]:
@@ -227,7 +242,7 @@ def iterate(editor: IterativeEditor, problem: Problem) -> Solution:
     params, state = problem.start, editor.init(problem.start)
     for steps in range(editor.max_steps):
         moving = {name: p.detach().requires_grad_() for name, p in params.items()}
-        grads = direction(editor, problem, moving)
+        grads = None if problem.expired else direction(editor, problem, moving)
         if grads is None:
             return Solution(params, steps)
         params, state = editor.advanced(problem, params, grads, state)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import final
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from .._calling import Params
 from ..errors import InvalidInput
+from ..locality import Locality
 from ..network import GATE, given, noted
 from ..problem import Problem
 from .base import Editor, Solution
@@ -25,7 +27,9 @@ class Gate(Editor):
     """Give every violated demand a key, a ball around it and a value that the layer's output gains inside of the ball.
 
     The key is what the layer is given for the demand's input. The radius is a share of the distance to the nearest of
-    all inputs that are to stay: those of `keep`, and of the demands that hold already; nothing that is kept changes.
+    all inputs that are to stay: those of `keep`, and of the demands that hold already. Nothing that is kept changes,
+    bit for bit: where the layer is given the same for a kept input as for a demand's, as at a position that two texts
+    share, or no ball around the key can leave it out, the edit is over its budget.
     A demand near an earlier key whose value meets it makes that ball larger instead; near one whose value does not,
     its ball ends half way between them. The values come from another editor, which moves nothing else. Source: GRACE
     (Hartvigsen et al., NeurIPS 2023), with radii from reference data and a solver in place of gradient descent.
@@ -66,8 +70,8 @@ class Gate(Editor):
             bad = violation > 0
             stays = own.new_ones(len(own), dtype=torch.bool)
             stays[list(places.values())] = False
-            around = [own[stays]] if problem.keep is None else [own[stays], _kept(problem, self.layer)]
-            book = _Book(start[keys].clone(), start[radii].clone(), torch.cat(around), self.share)
+            kept = own[:0] if problem.keep is None else _kept(problem, problem.keep, self.layer)
+            book = _Book(start[keys].clone(), start[radii].clone(), own[stays], kept, self.share)
             for demand, place in places.items():
                 enlarged = book.enlarged(own[place])
                 if enlarged is not None:
@@ -81,13 +85,30 @@ class Gate(Editor):
         found = self.editor.run(problem.part([values], moved))
         return Solution({**moved, **found.params}, found.steps + 1, found.certificate)
 
+    @torch.no_grad()
+    def settled(self, problem: Problem, solution: Solution) -> Solution:
+        """Draw the balls in until no kept input lies in one; where that cannot be, the edit is over its budget."""
+        keys, radii = (f"{self.layer}.{GATE}.{part}" for part in ("keys", "radii"))
+        if problem.keep is None or keys not in solution.params or not bool((solution.params[radii] >= 0).any()):
+            return solution
+        seen = [keep for keep in (problem.keep, problem.judge) if keep is not None]
+        around = torch.cat([_kept(problem, keep, self.layer) for keep in seen])
+        kept, drawn = True, solution.params[radii].clone()
+        for place in (drawn >= 0).nonzero().squeeze(1).tolist():
+            key = solution.params[keys][place]
+            nearest = float(_distances(around.to(key), key).min())
+            if nearest <= float(drawn[place]):
+                drawn[place] = max(self.share * nearest, _tolerance(key) * float(key.norm()))
+                kept = kept and nearest > float(drawn[place])
+        return replace(solution, params={**solution.params, radii: drawn}, within=solution.within and kept)
+
 
 class _Book:
     """Keys and radii as they grow."""
 
-    def __init__(self, keys: Tensor, radii: Tensor, around: Tensor, share: float) -> None:
+    def __init__(self, keys: Tensor, radii: Tensor, own: Tensor, kept: Tensor, share: float) -> None:
         self.keys, self.radii = keys, radii
-        self._around, self._share = around.to(keys), share
+        self._own, self._kept, self._share = own.to(keys), kept.to(keys), share
 
     def enlarged(self, key: Tensor) -> Tensor | None:
         """Return the radii with the nearest ball grown to hold this key; None where it may not."""
@@ -128,8 +149,8 @@ class _Book:
 
     def _reach(self, key: Tensor) -> float:
         """Return how large a ball may be: a share of the distance to the nearest other input that stays."""
-        distances = _distances(self._around, key)
-        others = distances[distances > _tolerance(key) * float(key.norm())]
+        own = _distances(self._own, key)
+        others = torch.cat([own[own > _tolerance(key) * float(key.norm())], _distances(self._kept, key)])
         return self._share * float(others.min()) if len(others) else 0.0
 
 
@@ -160,11 +181,10 @@ def _given(problem: Problem, params: Params, layer: str) -> tuple[Tensor, Tensor
     return torch.cat([part.flatten(0, -2) for part in seen]), violation.detach(), places
 
 
-def _kept(problem: Problem, layer: str) -> Tensor:
-    assert problem.keep is not None
-    if problem.given is not None:
-        return problem.given(layer, problem.keep.inputs)
-    return given(problem.at(problem.start), layer, problem.keep.inputs)
+def _kept(problem: Problem, keep: Locality, layer: str) -> Tensor:
+    """Return what the layer is given for all inputs that are kept, (n, width)."""
+    look = problem.given or partial(given, problem.at(problem.start))
+    return torch.cat([look(layer, inputs) for inputs in keep.batches])
 
 
 def _distances(points: Tensor, key: Tensor) -> Tensor:

@@ -204,7 +204,7 @@ class KeyValue(Editor):
                 break
             if made and (best is None or (unmet, total) < best[:2]):
                 best, since = (unmet, total, params), 0
-            if not unmet or made == self.max_steps or since == self._patience:
+            if not unmet or made == self.max_steps or since == self._patience or problem.expired:
                 break
             changed, searched = self._round(part, params)
             steps, since = steps + searched + len(names), since + 1

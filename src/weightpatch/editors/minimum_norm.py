@@ -117,7 +117,7 @@ class _Search:
         values = violation.detach().double()
         self._note(float(values.clamp_min(0).sum()))
         met, finite = not bool((values > 0).any()), bool(values.isfinite().all())
-        if last or met or not finite or self._since > _PATIENCE:
+        if last or met or not finite or self._since > _PATIENCE or self._problem.expired:
             return False
         if not violation.requires_grad:
             raise NotEditable(f"the constraint does not depend on {sorted(self._names)}; choose other parameters")

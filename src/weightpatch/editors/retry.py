@@ -32,6 +32,8 @@ class Retry(Editor):
         """Return the first solution that holds."""
         best, least, steps = problem.start, math.inf, 0
         for editor in self.editors:
+            if problem.expired and steps:
+                break
             found = editor.run(problem)
             steps += found.steps
             worst = problem.worst(found.params)

@@ -41,6 +41,8 @@ class Shrink(Editor):
             return found
         best, low, high = found.params, 0.0, 1.0
         for _ in range(self.halvings):
+            if problem.expired:
+                break
             middle = (low + high) / 2
             candidate = between(problem.start, found.params, middle)
             if problem.solved(candidate):

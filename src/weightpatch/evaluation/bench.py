@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from .._calling import Inputs, Params
 from .._cost import measured
-from ..constraints import All, Classified, Constraint, Within, altered
+from ..constraints import All, Constraint, altered
 from ..editing import Result, Solved, solve
 from ..editors import Editor
-from ..errors import InvalidInput
 from ..locality import Locality
 from ..network import Network, preserved_rng
 from .log import Log
@@ -96,17 +95,9 @@ class Bench:
     def _generality(self, network: Network, index: int, params: Params) -> float | None:
         if self.altered is None:
             return None
-        parts = [part for part in _parts(self.edits[index]) if isinstance(part, (Classified, Within))]
-        if not parts:
-            kind = self.edits[index].kind
-            raise InvalidInput(f"altered was given for edits of kind {kind}; expected Classified or Within")
+        copies = altered(self.edits[index], self.altered)
         with network.isolated():
-            held = [altered(part, self.altered).met(network.full(params)) for part in parts]
-        return float(torch.cat(held).double().mean())
-
-
-def _parts(constraint: Constraint) -> Sequence[Constraint]:
-    return constraint.parts if isinstance(constraint, All) else (constraint,)
+            return float(copies.met(network.full(params)).double().mean())
 
 
 @contextmanager

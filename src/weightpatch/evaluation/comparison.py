@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._calling import Function, Inputs, length, outputs, rows
 from ..errors import InvalidInput, ShapeMismatch
-from ..locality import divergence
+from ..likelihoods import Categorical, Of
 from ..network import structural_clone
 from ._paired import mcnemar, paired_difference
 from .metrics import Estimate, Flips, flips
@@ -150,7 +150,7 @@ class Comparison:
     @cached_property
     def kl(self) -> float:
         """The mean of KL(before || after), in nats; NaN where a model has no answer."""
-        return float(divergence(self.before.double(), self.after.double()).mean())
+        return float(Categorical(-1, Of.logits).divergence(self.before.double(), self.after.double()).mean())
 
     @cached_property
     def per_class(self) -> tuple[ClassChange, ...]:

@@ -74,7 +74,11 @@ def evaluate(
     check_labels(labels, check_batch(inputs, "evaluate"))
     check_finite(model)
     whole = model
-    editor, model, network = prepared(model, parameters, editor, keep)
+    if keep is not None:
+        plain = Network(model, parameters)
+        with plain.isolated():
+            keep = keep.of(edits[0]).fitted(plain.before)
+    editor, model, network = prepared(model, parameters, editor, keep, edits[0])
     header = _header(whole, network, edits, editor, (inputs, labels), keep, altered, protocol)
     with Log(results, header) as log, bar("editing", len(edits), 0, progress) as show:
         predictor = FastPredictor(model, network, inputs, batch_size, log.header.get("drift_items"))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._calling import outputs
 from ..errors import InvalidInput
-from ..locality import divergence
+from ..likelihoods import Categorical, Of
 from ..network import preserved_rng, structural_clone
 from ..patches import Patch
 from .differences import distance
@@ -210,7 +210,7 @@ def _divergences(kind: Answering, other: nn.Module, texts: Sequence[str], answer
         asked = labels >= 0
         logits = (outputs(model, inputs)[asked].float() for model in (same, other))
         kl = torch.zeros(asked.shape, dtype=torch.float64, device="cpu")
-        kl[asked.cpu()] = divergence(*logits).double().cpu()
+        kl[asked.cpu()] = Categorical(-1, Of.logits).divergence(*logits).double().cpu()
         counts = asked.cpu().reshape(len(some), -1).sum(1)
         sums = kl.reshape(len(some), -1).sum(1)
         for place, row in enumerate(some):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._calling import Function, Inputs, Params, outputs
-from ..locality import divergence
+from ..likelihoods import Categorical, Of
 from ..network import Network
 from .guessing import ROUNDING, Lost, sure_tokens
 
@@ -212,7 +212,7 @@ class ByStates(Standing):
         return total
 
     def _divergences(self, some: Tensor, after: Tensor) -> Tensor:
-        return divergence(self._before[some] @ self._weight.T + self._bias, after)
+        return Categorical(-1, Of.logits).divergence(self._before[some] @ self._weight.T + self._bias, after)
 
     def _parts(self, some: Tensor) -> list[Tensor]:
         size = max(1, _AT_ONCE // len(self._weight))
@@ -265,7 +265,7 @@ def mean_divergence(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
         after: the same of an edited model.
     """
     pairs = zip(before, after, strict=True)
-    total = sum(float(divergence(old, new).sum(dtype=torch.float64)) for old, new in pairs)
+    total = sum(float(Categorical(-1, Of.logits).divergence(old, new).sum(dtype=torch.float64)) for old, new in pairs)
     return total / max(1, sum(map(len, before)))  # none where every token is forced
 
 

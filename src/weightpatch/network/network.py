@@ -26,6 +26,8 @@ from .slots import given
 
 __all__ = ["Network"]
 
+_GIVEN = 4  # batches whose inputs of a layer are kept
+
 
 class Network:
     """A private eval-mode view of a model, some of whose parameters are free to move; the model is never touched.
@@ -62,7 +64,7 @@ class Network:
         self._replayer = Replayer(clone, rounded, replay=replay)
         self._weights = self._replayer.shared
         self._versions = _versions(self._weights)
-        self._given: dict[str, tuple[list[Mark], Tensor]] = {}
+        self._given: dict[str, list[tuple[list[Mark], Tensor]]] = {}
         self._normal: list[tuple[weakref.ref[Tensor], Tensor]] = []
         self._before = self.at(self.start)
 
@@ -166,17 +168,19 @@ class Network:
             return self._replayer.replay(self._cast(params), recording, recording.inputs)
 
     def given(self, layer: str, inputs: Inputs) -> Tensor:
-        """Return what a layer with slots is given by the unedited model, (n, width); kept for the last batch asked for.
+        """Return what a layer with slots is given by the unedited model, (n, width); kept for a few batches.
 
         Args:
             layer: its name.
             inputs: one batch.
         """
         tensors = [leaf for leaf in pytree.tree_leaves(arguments(inputs)) if isinstance(leaf, Tensor)]
-        marks, found = self._given.get(layer, ([], None))
-        if found is None or not unchanged(marks, tensors):
-            found = given(self.before, layer, inputs)
-            self._given[layer] = marked(tensors), found
+        known = self._given.setdefault(layer, [])
+        for marks, found in known:
+            if unchanged(marks, tensors):
+                return found
+        found = given(self.before, layer, inputs)
+        self._given[layer] = [*known, (marked(tensors), found)][-_GIVEN:]
         return found
 
     def isolated(self) -> AbstractContextManager[None]:

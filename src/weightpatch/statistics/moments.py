@@ -16,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .._calling import Inputs, call, check_batch, rows
+from ..constraints import Constraint
 from ..editors import LayerMetric, Metric
 from ..errors import InvalidInput
 from ..locality import Locality
@@ -24,7 +25,7 @@ from ..patches import fingerprint
 from ..patches.files import write
 from .outputs import Likelihood, Probes
 
-__all__ = ["LayerMoments", "Moments", "called", "second_moments"]
+__all__ = ["LayerMoments", "Moments", "called", "on_path", "second_moments"]
 
 _FORMAT = "weightpatch moments 1"
 _FISHER = "fisher"  # the tensor of that name after the weight's is Σ g gᵀ; files without it are of inputs alone
@@ -276,6 +277,28 @@ def called(model: nn.Module, inputs: Inputs, *, parameters: str | Sequence[str] 
     with torch.no_grad():
         call(clone, rows(inputs, slice(1)))
     return tuple(seen)
+
+
+def on_path(model: nn.Module, constraint: Constraint) -> frozenset[str]:
+    """Return the weights of the layers, as `called` names them, whose outputs the constraint's answers depend on."""
+    clone = structural_clone(model)
+    try:
+        layers = _chosen(clone, select(model, "*"), "*")
+    except InvalidInput:
+        return frozenset()
+    zeros: list[tuple[str, Tensor]] = []
+
+    def look(weight: str, output: Tensor) -> Tensor:
+        zeros.append((weight, torch.zeros_like(output).requires_grad_()))
+        return output + zeros[-1][1]
+
+    bound = constraint.bind(clone)
+    for weight, _, module in layers:
+        module.register_forward_hook(lambda _, __, output, weight=weight: look(weight, output))
+    with torch.inference_mode(False), torch.enable_grad():
+        violation = bound.violation(clone)
+        grads = torch.autograd.grad(violation.sum(), [zero for _, zero in zeros], allow_unused=True)
+    return frozenset(weight for (weight, _), grad in zip(zeros, grads, strict=True) if grad is not None)
 
 
 def _chosen(model: nn.Module, names: Sequence[str], asked: object) -> list[tuple[str, str | None, nn.Module]]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-from torch import Tensor
-
-from .._calling import Inputs
-from ..constraints import All, Constraint
+from ..constraints import Constraint
 from ..errors import InvalidInput
 
 __all__ = ["Episode"]
@@ -57,12 +54,3 @@ def episodes_of(given: Constraint | Episode | Sequence[Constraint | Episode]) ->
             "does the sampler yield any?"
         )
     return tuple(item if isinstance(item, Episode) else Episode(item) for item in several)
-
-
-def inputs_of(constraint: Constraint) -> Iterator[Inputs]:
-    """Yield the batches that a constraint shows the network, as far as its `inputs` attributes say."""
-    if isinstance(constraint, All):
-        for part in constraint.parts:
-            yield from inputs_of(part)
-    elif isinstance(inputs := getattr(constraint, "inputs", None), (Tensor, tuple, dict)):
-        yield inputs

@@ -17,7 +17,7 @@ from ..errors import InvalidInput
 from ..locality import Locality
 from ..network import LiveNetwork
 from ..problem import Problem
-from .episodes import Episode, episodes_of, inputs_of
+from .episodes import Episode, episodes_of
 from .modes import eval_is_train
 from .rates import LearnedRates
 from .trial import Grade, Trial, Weights, cases_of
@@ -164,9 +164,15 @@ class EditableObjective(nn.Module):
             self.terms = None
             return self.base_loss(outputs(self.model, batch[0]), batch[1])
         live = self._network.refresh()
+        keep = keep.of(episodes[0].constraint)
+        if len(keep.parts) > 1 or keep.judge is not None:
+            raise InvalidInput(
+                "EditableObjective was given several localities, or one with a judge; expected one batch of one output"
+            )
         own = batch is not None and batch[0] is keep.inputs
         merged = batch is not None and own and self._eval_is_train(batch[0])
         kept = self._recorder.whole(live, keep.inputs, answer=merged or (own and self.c_eval > 0))
+        keep = keep.fitted(lambda *_, **__: kept.output)
         cases = cases_of(self._recorder, live, episodes, keep, kept, share=self.share_locality)
         trial = Trial(self._network, live, self.weights, self.editor, self.rates, self._unrolling)
         loss, base = trial.loss(cases), None
@@ -197,7 +203,7 @@ class EditableObjective(nn.Module):
         """Choose how to differentiate one edit: by size, measured once for each kind of edit."""
         if self.first_order:
             return Unrolled(create_graph=False)
-        shown = inputs_of(problem.constraint)
+        shown = problem.constraint.batches
         kind = (problem.constraint.kind, *(leaf.shape for inputs in shown for leaf in leaves(inputs)))
         size = self._sizes.get(kind) or step_bytes(editor, problem, given)
         if size:  # 0 where the edit holds already

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias, final
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._calling import Function, Params, outputs
+from .._calling import Function, Params, selected
 from ..editors import IterativeEditor
 from ..errors import NotEditable
 from ..locality import Locality
 from ..network import LiveNetwork, Recording
 from ..problem import Problem
-from .episodes import Episode, inputs_of
+from .episodes import Episode
 from .rates import LearnedRates
 from .unrolling import Unrolling
 from .views import Batch, Part, Recorder, View
@@ -54,13 +54,11 @@ class Case:
         episode: the edit.
         parts: the recorded batches that it will ask the network about.
         keep: its share.
-        reference: the unedited network's logits on that share.
     """
 
     episode: Episode
     parts: tuple[Part, ...]
     keep: Locality
-    reference: Tensor
 
 
 def cases_of(
@@ -76,17 +74,18 @@ def cases_of(
         kept: its recorded batch.
         share: whether each edit is measured on a part of `keep` of its own.
     """
-    shown = [[inputs for c in episode.constraints for inputs in inputs_of(c)] for episode in episodes]
+    shown = [[inputs for c in episode.constraints for inputs in c.batches] for episode in episodes]
     parts = {id(part.inputs): part for part in recorder.parts(live, [inputs for some in shown for inputs in some])}
-    reference = outputs(lambda: kept.output, ()).detach()
+    reference = selected(kept.output, keep.output).detach()
     shares = recorder.shares(live, kept, len(episodes) if share else 1)
     cases = []
     for number, (episode, some) in enumerate(zip(episodes, shown, strict=True)):
         own = tuple(parts[id(inputs)] for inputs in some if id(inputs) in parts)
         part = shares[number % len(shares)]
         index = slice(None) if part.index is None else part.index
-        local = keep if part.index is None else Locality(part.inputs, None if keep.mask is None else keep.mask[index])
-        cases.append(Case(episode, (*own, part), local, reference[index]))
+        mask = None if keep.mask is None else keep.mask[index]
+        local = replace(keep, inputs=part.inputs, mask=mask, answers=reference[index])
+        cases.append(Case(episode, (*own, part), local))
     return cases
 
 
@@ -184,7 +183,7 @@ class Trial:
     def _outer(self, case: Case, after: Function) -> Tensor:
         """Return ``c_edit L_edit + c_loc L_loc + c_gen L_gen`` of an edited network, and note the terms."""
         violation = case.episode.constraint.violation(after)
-        edit, locality = violation.relu().mean(), case.keep.drift(lambda *_, **__: case.reference, after)
+        edit, locality = violation.relu().mean(), case.keep.drift(after, after)
         also = case.episode.also
         generality = torch.zeros_like(edit) if also is None else also.violation(after).relu().mean()
         holds = bool((violation <= 0).all())

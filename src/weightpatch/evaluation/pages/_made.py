@@ -27,7 +27,7 @@ def facts(edit: Edit) -> dict[str, Any]:
         "advice": edit.result.value,
         "steps": edit.steps,
         "violation": edit.violation,
-        "drift": edit.drift,
+        **edit.effects(),
         "cost": {"seconds": edit.cost.seconds, "peak_bytes": edit.cost.peak_bytes},
         "editor": repr(edit.editor),
         "constraint": edit.constraint.kind,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import final
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._calling import Function, Inputs, leaves, outputs, rows
-from ...constraints import All, Classified, Constraint
+from ...constraints import Classified, Constraint
 from ._pictures import Image, Picture, default_picture, draw
 from ._words import Names
 
@@ -62,20 +61,11 @@ class Mistake:
     picture: Image | None
 
 
-def parts(constraint: Constraint) -> Iterator[Constraint]:
-    """Yield the constraints that a joined one is made of."""
-    if isinstance(constraint, All):
-        for part in constraint.parts:
-            yield from parts(part)
-    else:
-        yield constraint
-
-
 def demands(constraint: Constraint, bound: Constraint, before: Function, after: Function) -> list[Demand]:
     """Sum up each part of a constraint, as it was asked and as it was bound; `slack` is the least of its demands."""
     found = []
     with torch.no_grad():
-        for asked, part in zip(parts(constraint), parts(bound), strict=True):
+        for asked, part in zip(constraint.conjuncts, bound.conjuncts, strict=False):
             a, b = part.violation(before), part.violation(after)
             met = [int((v <= 0).sum()) for v in (a, b)]
             found.append(Demand(asked.kind, len(a), met[0], met[1], -float(a.max()), -float(b.max())))
@@ -94,7 +84,7 @@ def mistakes(
     """Return the demands on classes that did not hold before, at most so many, and their rows in the test set."""
     found: list[Mistake] = []
     asked: list[int] = []
-    for part in parts(constraint):
+    for part in constraint.conjuncts:
         if not isinstance(part, Classified):
             continue
         look = picture or _as_in(test, part.inputs)

@@ -14,7 +14,6 @@ from ...constraints import Classified, Constraint, Preferred, Says
 from ...errors import InvalidInput
 from ..differences import Span, differences
 from ..sentences import Answering, SentenceComparison
-from ._mistakes import parts
 
 __all__ = ["Line", "Saying", "Sentences", "sayings", "sentences"]
 
@@ -112,7 +111,7 @@ def _asked(
     kind: Answering, constraint: Constraint, before: Function, after: Function
 ) -> Iterator[tuple[Tensor | None, Tensor, float, float]]:
     """Yield the source's tokens, the wanted ones, and the slack before and after, of each demand on a text."""
-    for part in parts(constraint):
+    for part in constraint.conjuncts:
         if not isinstance(part, (Says, Preferred, Classified)):
             continue
         slack = [-part.violation(function).detach().float().cpu() for function in (before, after)]

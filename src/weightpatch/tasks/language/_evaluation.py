@@ -234,7 +234,8 @@ class _Run:
         self._facts, self._fingerprint = before.facts, before.fingerprint
         first = editor if isinstance(editor, Editor) else editor(before.facts[:1])
         self.name = repr(first)
-        ready, _, self.network = prepared(language.model, parameters, first, keep)
+        asked = demand(self._language, before.facts[0], margin)
+        ready, _, self.network = prepared(language.model, parameters, first, keep, asked)
         self._rooms = (dict(first.slots), tuple(first.taps))
         self._makes: Makes = (lambda some: ready) if isinstance(editor, Editor) else editor
 

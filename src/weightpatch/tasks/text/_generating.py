@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from weightpatch.constraints import IGNORED, Frame, Preferred, Says
 from weightpatch.errors import InvalidInput
+from weightpatch.likelihoods import Categorical, Of
 from weightpatch.locality import Locality
 from weightpatch.network import preserved_rng
 
@@ -153,7 +154,7 @@ class Generating(ABC):
             answers: n answers; what the model generates when not given.
         """
         inputs, labels = self.forced(texts, answers)
-        return Locality(inputs, labels != IGNORED)
+        return Locality(inputs, labels != IGNORED, likelihood=Categorical(-1, Of.logits))
 
     def forced(
         self, texts: Sequence[str], answers: Sequence[str | Tensor] | None = None

@@ -13,7 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from weightpatch.constraints import IGNORED, All, Constraint, Preferred, Says
+from weightpatch.constraints import IGNORED, Constraint, Preferred, Says
 from weightpatch.editing import Result, solve
 from weightpatch.editors import Editor
 from weightpatch.errors import InvalidInput
@@ -191,8 +191,12 @@ def evaluate(
         "settings": repr(dict(kind.settings)),
     }
     names = [digest(_demanded(edit))[:16] for edit in edits]
-    editor, _, network = prepared(kind.model, parameters, editor, keep)
-    if keep is not None and keep.answers is None:
+    if keep is not None:
+        plain = Network(kind.model, parameters)
+        with plain.isolated():
+            keep = keep.of(edits[0]).fitted(plain.before)
+    editor, _, network = prepared(kind.model, parameters, editor, keep, edits[0])
+    if keep is not None:
         keep = keep.bind(network.before)  # once for all edits
     with Log(results, header) as log:
         fast = generations(kind, network, texts)
@@ -238,8 +242,7 @@ def _continued(log: Log, names: Sequence[str]) -> list[GenerationRow]:
 
 def _demanded(edit: Constraint) -> list[Constraint]:
     """Return the parts of an edit, without what decodes: that is the model, which is compared by its fingerprint."""
-    parts = edit.parts if isinstance(edit, All) else (edit,)
-    return [replace(part, decode=None) if isinstance(part, Says) else part for part in parts]
+    return [replace(part, decode=None) if isinstance(part, Says) else part for part in edit.conjuncts]
 
 
 def _made(
@@ -265,7 +268,7 @@ def _made(
 def _decoded(kind: Generating, edit: Constraint, network: Network, params: dict[str, Tensor]) -> bool:
     """Say whether the edited model generates what every part of an edit wants."""
     model = network.deployed(params)
-    for part in edit.parts if isinstance(edit, All) else (edit,):
+    for part in edit.conjuncts:
         if isinstance(part, (Says, Preferred)):
             wanted = part.answer if isinstance(part, Says) else part.target
             found = Decoding(kind, part.source)(model)

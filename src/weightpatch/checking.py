@@ -1,0 +1,142 @@
+"""Grading an edit: by full passes, in the model's own dtype, as deployed; and what it did to what is kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ._calling import Function, Params, length, outputs
+from .constraints import Constraint
+from .effects import Effect
+from .errors import InvalidInput
+from .locality import Locality
+from .network import Network
+from .outcome import Reality, Result, Solved
+
+__all__ = ["check", "measured"]
+
+_DRAWS = 32  # passes of a model that draws random numbers
+_ALONE = 8  # items of a batch that are asked alone, to see whether they depend on the others
+_ROUNDING = 64  # units in the last place that a batch of another size may be off by
+
+
+def check(network: Network, solved: Solved, keep: Locality | None, max_drift: float = math.inf) -> Solved:
+    """Grade parameters by a full pass, in the model's own dtype, on the bound constraint, and as deployed."""
+    params, refined, reality = network.rounded(solved.params), None, Reality()
+    function = network.full(params)
+    with torch.no_grad():
+        after = float(solved.constraint.violation(function).max())
+        finite = math.isfinite(after) and all(bool(p.isfinite().all()) for p in params.values())
+        kept, held_out = (None, None) if keep is None or not finite else measured(network, params, keep)
+    if finite and after <= 0:
+        deployed = network.deployed(params)
+        refined = solved.constraint.refined(deployed)
+        reality = Reality() if refined is not None else _reality(solved.constraint, deployed)
+    tries = max(1, len(solved.attempts))
+    told = [None if effect is None else effect.after(tries) for effect in (kept, _worse(held_out, solved.held_out))]
+    drift = max((effect.drift for effect in told if effect is not None), default=0.0)
+    if not finite:
+        result = Result.nonfinite
+    elif refined is not None:
+        result = Result.unsatisfied
+    elif after <= 0 and not reality.true:
+        result = Result.unreliable
+    elif after <= 0:
+        result = Result.satisfied if solved.within and drift <= max_drift else Result.over_budget
+    elif solved.certificate is not None and solved.certificate.affine and solved.certificate.infeasible:
+        result = Result.infeasible
+    elif _same(params, network.rounded(network.start)):
+        result = Result.stalled
+    else:
+        result = Result.unsatisfied
+    return replace(
+        solved,
+        result=result,
+        params=params,
+        after=after,
+        kept=told[0],
+        held_out=told[1],
+        reality=reality,
+        refined=refined,
+    )
+
+
+@torch.no_grad()
+def measured(network: Network, params: Params, keep: Locality) -> tuple[Effect, Effect | None]:
+    """Return what parameters change on all that is kept, and on the part of it that no search has seen."""
+    moved = [name for name, start in network.rounded(network.start).items() if not torch.equal(start, params[name])]
+    at = network.narrow(moved) if moved else None
+    effects = [None if part is None else _effect(network, at, moved, params, part) for part in keep.split]
+    seen, unseen = effects
+    assert seen is not None
+    return seen if unseen is None or keep.judge is not None else seen + unseen, unseen
+
+
+def _effect(
+    network: Network,
+    at: Callable[[Params], Function] | None,
+    moved: list[str],
+    params: Params,
+    keep: Locality,
+) -> Effect:
+    if at is None:  # nothing moved from where this search began, which may be beyond what is to be kept to
+        bound = any(part.answers is not None for part in keep.parts)
+        return keep.bind(network.before).effect(network.before) if bound else keep.unchanged()
+    before, after = (at({name: some[name] for name in moved}) for some in (network.start, params))
+    return keep.bind(before).effect(after)
+
+
+def _worse(new: Effect | None, old: Effect | None) -> Effect | None:
+    """Return the figure of a search before it looked at what judges it, where that is the larger one."""
+    if new is None or old is None:
+        return new
+    return old if (old.changed, old.drift) > (new.changed, new.drift) else new
+
+
+def _reality(constraint: Constraint, function: Function) -> Reality:
+    """Ask again: several times where the model draws random numbers, and item by item where these depend on others."""
+    with torch.no_grad():
+        first, second = constraint.violation(function), constraint.violation(function)
+        if _differ(first, second):
+            held = sum(constraint.satisfied(function) for _ in range(_DRAWS))
+            return Reality(draws=_DRAWS, held=held)
+        apart = [one for part in constraint.conjuncts for one in _apart(part, function)]
+        alone = sum(one.satisfied(function) for one in apart)
+    return Reality(apart=len(apart), alone=alone)
+
+
+def _apart(part: Constraint, function: Function) -> list[Constraint]:
+    """Return what is asked of each item alone, where items of the batch depend on each other beyond rounding."""
+    if len(part.batches) != 1 or (n := length(part.batches[0])) < 2 or part.alone(0) is None:
+        return []
+    whole = outputs(function, part.batches[0], part.output)
+    if len(whole) != n:
+        raise InvalidInput(
+            f"the model returned {tuple(whole.shape)} for {n} items of {part.kind}; expected one row an item"
+        )
+    places = sorted({round(step * (n - 1) / (_ALONE - 1)) for step in range(_ALONE)})
+    some = [(place, part.alone(place)) for place in places]
+    depend = any(
+        _differ(outputs(function, one.batches[0], part.output), whole[place : place + 1])
+        for place, one in some
+        if one is not None
+    )
+    return [one for place in range(n) if (one := part.alone(place)) is not None] if depend else []
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    """Say whether two answers differ by more than rounding."""
+    if one.shape != other.shape:
+        return True
+    halves = torch.equal(one.bfloat16().to(one.dtype), one) or torch.equal(one.half().to(one.dtype), one)
+    eps = torch.finfo(torch.bfloat16 if halves else one.dtype).eps
+    scale = torch.maximum(one.abs().max(), other.abs().max()).clamp_min(1.0)
+    return not bool(((one - other).abs() <= _ROUNDING * eps * scale).all())
+
+
+def _same(one: Params, other: Params) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(one.values(), other.values(), strict=True))
