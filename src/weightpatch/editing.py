@@ -22,6 +22,7 @@ from .network import GATE, Network, check_finite
 from .patches import Patch, applied, base_fingerprint
 from .preparing import prepared
 from .problem import Problem
+from .records import Plain
 from .remembering import noted, recalled, without_patches
 
 __all__ = ["Edit", "Result", "Solved", "edit", "solve"]
@@ -185,9 +186,12 @@ def edit(
             "editor": repr(editor),
             "settings": {"parameters": ", ".join(patterns)},
             "constraint": solved.constraint.kind if asked is constraint else constraint.kind,
-            "demands": noted(solved.constraint, constraint) if remember else (),
         }
         patch, solved = _patch(model, network, solved, keep, limit, made)
+        if patch is not None and remember:
+            with network.isolated():
+                demands, unrecorded = noted(solved.constraint, constraint, network.before, network.full(solved.params))
+            patch = patch.annotated(demands=demands, unrecorded=unrecorded)
     return Edit(
         solved.result,
         solved.steps,
@@ -329,7 +333,8 @@ def _patch(
     gates = {name: value for name, value in solved.params.items() if name not in plain}
     facts: dict[str, Any] = {
         "fingerprint": base_fingerprint(model),
-        "requires": tuple(patch.id for patch in applied(model)),
+        "requires": (ids := tuple(patch.id for patch in applied(model))),
+        "context": ids,
         **made,
     }
     for exact in (False, True):
@@ -341,9 +346,9 @@ def _patch(
                 graded = check(network, replace(solved, params=composed), keep, max_drift)
         if graded.result is solved.result:
             break
-    metrics: dict[str, str | int | float] = {"result": graded.result.name, "steps": graded.steps}
+    metrics: dict[str, Plain] = {"result": graded.result.name, "steps": graded.steps}
     metrics |= {"violation": graded.after} | ({} if graded.drift is None else {"drift": graded.drift})
-    return replace(patch, manifest=replace(patch.manifest, metrics=metrics)), graded
+    return patch.annotated(metrics=metrics), graded
 
 
 def _gates(params: Params) -> dict[str, Gate]:

@@ -3,45 +3,71 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
 
+from ._calling import Function
 from .constraints import All, Classified, Constraint, Within
-from .patches import Demand, applied
+from .errors import InvalidInput
+from .patches import Demand, Unrecorded, applied
+from .records import Record
 
 __all__ = ["noted", "recalled", "without_patches"]
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_HELD = (*_FLOATS, torch.uint8, torch.int16, torch.int32, torch.int64)
+_KINDS = {"weightpatch/classified": ("labels", "margin"), "weightpatch/within": ("targets", "tolerance")}
 
 
-def noted(bound: Constraint, asked: Constraint) -> tuple[Demand, ...]:
-    """Return what was asked, with today's answers bound, as a patch can hold it; what it cannot hold is left out.
+def noted(
+    bound: Constraint, asked: Constraint, before: Function, after: Function
+) -> tuple[list[Demand], list[Unrecorded]]:
+    """Return what was asked, with today's answers bound, as a patch can hold it, and what it cannot hold.
 
     Args:
         bound: what was solved: what was asked, and then what is remembered.
         asked: the same before it was bound.
+        before: the model as it was, for the violations.
+        after: the edited one.
     """
-    found = []
+    demands, unrecorded = [], []
     for part in _parts(bound)[: len(_parts(asked))]:
-        if isinstance(part, Classified) and isinstance(part.inputs, Tensor):
-            found.append(("Classified", part.margin, part.inputs, part.labels))
-        elif isinstance(part, Within) and isinstance(part.inputs, Tensor):
-            found.append(("Within", part.tolerance, part.inputs, part.targets))
-    return tuple(Demand(*facts) for facts in found if facts[2].dtype in _HELD and facts[3].dtype in _HELD)
+        try:
+            demands.append(Demand(_record(part), _largest(part, before), _largest(part, after)))
+        except InvalidInput as error:
+            unrecorded.append(Unrecorded(part.kind, " ".join(str(error).split())[:1000]))
+    return demands, unrecorded
 
 
 def recalled(model: nn.Module, constraint: Constraint, device: torch.device) -> Constraint:
-    """Return the constraint with the demands of all patches that are on the model."""
-    earlier: list[Constraint] = []
-    for demand in (demand for patch in applied(model) for demand in patch.demands):
-        inputs, wanted = demand.inputs.to(device), demand.wanted.to(device)
-        if demand.kind == "Classified":
-            earlier.append(Classified(inputs, wanted.long(), demand.limit))
-        else:
-            earlier.append(Within(inputs, wanted, demand.limit))
+    """Return the constraint with the demands of all patches that are on the model, of the kinds known here."""
+    records = [demand.record for patch in applied(model) for demand in patch.demands]
+    earlier = [_constraint(record, device) for record in records if record.kind in _KINDS and record.version == 1]
     return All((constraint, *earlier)) if earlier else constraint
+
+
+def _record(part: Constraint) -> Record:
+    if isinstance(part, Classified) and isinstance(part.inputs, Tensor):
+        tensors, scalars = {"inputs": part.inputs, "labels": part.labels}, {"margin": part.margin}
+        return Record("weightpatch/classified", 1, tensors, scalars)
+    if isinstance(part, Within) and isinstance(part.inputs, Tensor):
+        tensors, scalars = {"inputs": part.inputs, "targets": part.targets}, {"tolerance": part.tolerance}
+        return Record("weightpatch/within", 1, tensors, scalars)
+    raise InvalidInput("only Classified and Within with one tensor of inputs are recorded")
+
+
+def _constraint(record: Record, device: torch.device) -> Constraint:
+    wanted, limit = _KINDS[record.kind]
+    if set(record.tensors) != {"inputs", wanted} or not isinstance(found := record.scalars.get(limit), int | float):
+        raise InvalidInput(f"a patch's demand of kind {record.kind} lacks inputs, {wanted} or {limit}; take it off")
+    inputs, target = (record.tensors[name].to(device) for name in ("inputs", wanted))
+    return Classified(inputs, target.long(), found) if wanted == "labels" else Within(inputs, target, found)
+
+
+def _largest(part: Constraint, function: Function) -> float | None:
+    with torch.no_grad():
+        found = float(part.violation(function).max())
+    return found if math.isfinite(found) else None
 
 
 def _parts(constraint: Constraint) -> tuple[Constraint, ...]:
