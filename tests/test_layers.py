@@ -8,6 +8,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "weightpatch"
 LAYERS = (
     {"_version", "errors", "_cost"},
+    {"_readings"},
     {"_calling", "bounds", "gates", "likelihoods", "records"},
     {"constraints", "effects"},
     {"locality", "verdict"},
@@ -26,7 +27,7 @@ LAYERS = (
     {"cli"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-ALLOWED_ABOVE = {"patches": {"errors", "_version", "gates", "records"}}
+ALLOWED_ABOVE = {"patches": {"errors", "_version", "_readings", "gates", "records"}}
 
 
 def imports(path: Path) -> set[str]:

@@ -10,8 +10,9 @@ import weightpatch as wp
 from weightpatch.constraints import Classified, Kept, Within
 from weightpatch.editing import Result
 from weightpatch.editors import Adam, Auto, Budget, MinimumNorm
-from weightpatch.errors import ConflictingConstraints, InvalidInput, PatchDamaged
-from weightpatch.patches import Demand, applied
+from weightpatch.errors import ConflictingConstraints, InvalidInput
+from weightpatch.patches import Demand, applied, base_fingerprint
+from weightpatch.records import Record
 from weightpatch.tasks import images
 
 TEST = images.fashion_test()
@@ -28,9 +29,17 @@ def test_demands_survive_the_file_and_change_nothing(tmp_path):
     found.patch.save(tmp_path / "one.patch.safetensors")
     patch = wp.Patch.load(tmp_path / "one.patch.safetensors")
     assert patch == found.patch
-    assert [(demand.kind, demand.limit) for demand in patch.demands] == [("Classified", 0.1), ("Classified", 0.01)]
-    assert torch.equal(patch.demands[0].inputs, TEST.images[:1])
-    assert torch.equal(patch.demands[1].wanted, model(TEST.images[5:8]).argmax(1))
+    records = [demand.record for demand in patch.demands]
+    assert [(record.kind, record.version) for record in records] == [("weightpatch/classified", 1)] * 2
+    assert [record.scalars for record in records] == [{"margin": 0.1}, {"margin": 0.01}]
+    assert torch.equal(records[0].tensors["inputs"], TEST.images[:1])
+    assert torch.equal(records[1].tensors["labels"], model(TEST.images[5:8]).argmax(1))
+    first, second = patch.demands
+    assert first.before == pytest.approx(float(wrong(0).violation(model).detach()), abs=1e-6)
+    assert first.before > 0 >= second.before
+    with patch.applied(model):
+        assert first.after == pytest.approx(float(wrong(0).violation(model).detach()), abs=1e-6)
+    assert max(first.after, second.after) == found.violation <= 0
     plain = wp.edit(model, fix, MinimumNorm(), parameters="fc.*", remember=False).patch
     assert plain.demands == ()
     assert plain.nbytes == patch.nbytes
@@ -88,7 +97,9 @@ def test_regression_demands_and_what_a_patch_cannot_hold():
     model, x = nn.Linear(3, 2).double(), torch.randn(4, 3).double()
     near = Within(x, torch.zeros(4, 2).double(), 0.01)
     patch = wp.edit(model, near, Adam(lr=0.05, max_steps=500)).raise_for_result().patch
-    assert (patch.demands[0].kind, patch.demands[0].limit) == ("Within", 0.01)
+    record = patch.demands[0].record
+    assert (record.kind, record.scalars) == ("weightpatch/within", {"tolerance": 0.01})
+    assert patch.manifest.unrecorded == ()
     assert wp.Patch.from_bytes(patch.to_bytes()) == patch
 
     class Keyed(nn.Module):
@@ -101,27 +112,31 @@ def test_regression_demands_and_what_a_patch_cannot_hold():
 
     keyed = Keyed()
     fix = Classified({"batch": torch.ones(1, 3)}, keyed.head(torch.ones(1, 3)).argmin(1), 0.1)
-    assert wp.edit(keyed, fix, MinimumNorm()).raise_for_result().patch.demands == ()
+    patch = wp.edit(keyed, fix, MinimumNorm()).raise_for_result().patch
+    assert patch.demands == ()
+    (left,) = patch.manifest.unrecorded
+    assert (left.kind, left.reason) == (
+        "Classified",
+        "only Classified and Within with one tensor of inputs are recorded",
+    )
+    with patch.applied(keyed):
+        assert wp.edit(keyed, fix, MinimumNorm()).result is Result.already_satisfied
 
 
-def test_damaged_demands_are_refused():
-    inputs, wanted = torch.ones(2, 3), torch.tensor([0, 1])
-    for parts, words in (
-        ((torch.ones(3, 3), wanted), "shapes"),
-        ((inputs, torch.tensor([-1, 1])), "at least 0"),
-        ((inputs, torch.zeros(2, 1, dtype=torch.int64)), "at least 0"),
-        ((torch.full((2, 3), float("nan")), wanted), "NaN"),
+def test_records_of_other_kinds_are_left_alone_and_broken_ones_of_ours_are_named():
+    model, x = nn.Linear(3, 2), torch.ones(1, 3)
+    fix = Classified(x, model(x).argmin(1), 0.1)
+    for kind, version in (("alice/tone", 1), ("weightpatch/classified", 2)):
+        other = Record(kind, version, {"inputs": x})
+        with patch_with(model, Demand(other)).applied(model):
+            assert wp.edit(model, fix, MinimumNorm()).result is Result.satisfied
+    broken = Record("weightpatch/classified", 1, {"inputs": x}, {"margin": 0.1})
+    with (
+        patch_with(model, Demand(broken)).applied(model),
+        pytest.raises(InvalidInput, match="weightpatch/classified lacks"),
     ):
-        with pytest.raises(PatchDamaged, match=words):
-            patch_with(Demand("Classified", 0.1, *parts))
-    for wrong_one in (("Kept", 0.1, inputs, wanted), ("Classified", 0.1, inputs, inputs)):
-        with pytest.raises(InvalidInput, match="a demand was given"):
-            Demand(*wrong_one)
-    with pytest.raises(InvalidInput, match="a demand is"):
-        patch_with(Demand("Classified", -1.0, inputs, wanted))
-    assert patch_with(Demand("Classified", 0, inputs.to(torch.int16), wanted)).demands[0].inputs.dtype == torch.int16
+        wp.edit(model, fix, MinimumNorm())
 
 
-def patch_with(demand: Demand) -> wp.Patch:
-    base = {"w": torch.zeros(2, 2)}
-    return wp.Patch.between(base, {"w": torch.ones(2, 2)}, fingerprint="0" * 64, demands=(demand,))
+def patch_with(model: nn.Module, demand: Demand) -> wp.Patch:
+    return wp.Patch.between({}, {}, fingerprint=base_fingerprint(model), demands=(demand,))

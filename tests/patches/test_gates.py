@@ -121,7 +121,7 @@ def test_what_is_saved_is_loaded(dtype, where, weights_too, seed):
     assert again == patch
     assert again.to_bytes() == data
     assert again.manifest == patch.manifest
-    assert again.manifest.gates == tuple(sorted(where)) == tuple(sorted(again.gates))
+    assert [entry.layer for entry in again.manifest.gates] == sorted(where) == sorted(again.gates)
     for name, gate in patch.gates.items():
         assert all(same_bits(again.gates[name].parts[part], tensor) for part, tensor in gate.parts.items())
     assert patch.nbytes == sum(part.nbytes for part in (*patch.operations.values(), *patch.gates.values()))
@@ -489,9 +489,10 @@ def test_inspecting_shows_gates(tmp_path, capsys):
     gates = {name: gate_at(model, name, x) for name in ("conv", "head")}
     patch_of(model, gates, {"head.bias": model.head.bias.detach() + 1}).save(path := tmp_path / "a.patch.safetensors")
     found = describe(path)
+    shapes = {name: {part: list(t.shape) for part, t in gate.parts.items()} for name, gate in gates.items()}
     assert found["gates"] == [
-        {"name": "conv", "keys": 8, "width": 6, "out": 5, "bytes": gates["conv"].nbytes},
-        {"name": "head", "keys": 8, "width": 5, "out": 3, "bytes": gates["head"].nbytes},
+        {"layer": "conv", "readings": [0], "bytes": gates["conv"].nbytes, "parts": shapes["conv"]},
+        {"layer": "head", "readings": [1], "bytes": gates["head"].nbytes, "parts": shapes["head"]},
     ]
     assert found["tensors"][0]["name"] == "head.bias"
     assert main(["inspect", str(path), "--json"]) == 0
@@ -501,7 +502,7 @@ def test_inspecting_shows_gates(tmp_path, capsys):
     assert "gate at module" in shown
     assert f"{gates['conv'].nbytes}" in shown
     patch_of(model, {}, {"head.bias": model.head.bias.detach() + 1}).save(path)
-    assert "gates" not in describe(path)
+    assert describe(path)["gates"] == []
     assert main(["inspect", str(path)]) == 0
     assert "gate" not in capsys.readouterr().out
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import io
 import json
@@ -14,19 +16,26 @@ import zipfile
 from collections.abc import Callable
 from typing import Any
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
 
 from weightpatch.errors import PatchDamaged, PatchError
-from weightpatch.patches import Gate, Patch, describe, fingerprint
+from weightpatch.patches import Demand, Gate, Patch, Reading, Unrecorded, describe, fingerprint
+from weightpatch.records import Record
 
 KEY = "weightpatch-patch"
 Edit = Callable[[dict[str, Any], dict[str, Any], dict[str, bytes]], None]
 
 
+@functools.cache
 def honest() -> Patch:
-    """All kinds of operations: full (F16), lowrank, rows, sparse; and two gates, BF16 and F32."""
+    """All kinds of operations: full (F16), lowrank, rows, sparse; two gates, BF16 and F32, and two demands.
+
+    Their numbers are 0 to 3, 4 and 5, 6 and 7 for what the gates read, 8 and 9.
+    """
     draw = torch.Generator().manual_seed(0)
     base = {
         "full": torch.zeros(3).half(),
@@ -39,11 +48,26 @@ def honest() -> Patch:
     new["low"] += torch.outer(torch.randn(40, generator=draw), torch.randn(30, generator=draw))
     new["rows"][[1, 4]] = torch.randn(2, 5, generator=draw)
     new["sparse"][[3, 270]] = 1.0
+    read = Reading("early", "mean", (2, 2), metric=torch.ones(3, 5).half(), centre=torch.zeros(5))
     gates = {
-        "fc": Gate(torch.ones(2, 3), torch.tensor([0.0, 2]), torch.full((2, 4), -1.0)),
+        "fc": Gate(torch.ones(2, 3), torch.tensor([0.0, 2]), torch.full((2, 4), -1.0), read),
         "body.0": Gate(*(part.bfloat16() for part in (torch.ones(1, 5), torch.ones(1), torch.ones(1, 1)))),
     }
-    return Patch.between(base, new, fingerprint=fingerprint(base), metrics={"drift": 0.5}, gates=gates)
+    records = [
+        Record("a/b", 1, {"on": torch.tensor([True, False]), "x": torch.ones(2, 2)}, {"margin": 0.5, "deep": [{}]}),
+        Record("a/c", 2, {"x": torch.arange(3)}),
+    ]
+    return Patch.between(
+        base,
+        new,
+        fingerprint=fingerprint(base),
+        metrics={"drift": 0.5},
+        gates=gates,
+        context=("1" * 64, "2" * 64),
+        requires=("1" * 64,),
+        demands=[Demand(record, 1.5) for record in records],
+        unrecorded=[Unrecorded("Says", "no data")],
+    )
 
 
 def forge(edit: Edit, *, sign: bool = True, dump: Callable[[Any], str] | None = None) -> bytes:
@@ -83,9 +107,21 @@ def tensor(manifest, number, **fields):
     manifest["tensors"][number].update(fields)
 
 
+def gate(manifest, number, **fields):
+    manifest["gates"][number].update(fields)
+
+
+def reading(manifest, number, **fields):
+    manifest["readings"][number].update(fields)
+
+
+def demand(manifest, number, **fields):
+    manifest["demands"][number].update(fields)
+
+
 def resize(header, payload, name, shape, data=None):
     """Give one tensor another shape, and all the offsets that follow from it."""
-    sizes = {"F16": 2, "F32": 4, "F64": 8, "BF16": 2, "U8": 1, "I16": 2, "I32": 4, "I64": 8}
+    sizes = {"F16": 2, "F32": 4, "F64": 8, "BF16": 2, "BOOL": 1, "U8": 1, "I16": 2, "I32": 4, "I64": 8}
     header[name]["shape"] = shape
     payload[name] = bytes(math.prod(shape) * sizes[header[name]["dtype"]]) if data is None else data
     end = 0
@@ -148,7 +184,7 @@ EDITS: dict[str, Edit] = {
     "part missing": lambda m, h, p: (h.pop("0000.values"), p.pop("0000.values"), resize(h, p, "0002.index", [2])),
     "operation missing": lambda m, h, p: m["tensors"].pop(),
     "operations missing": lambda m, h, p: m["tensors"].clear(),
-    "part nobody uses": lambda m, h, p: (h.update({"0009.values": {"dtype": "U8"}}), resize(h, p, "0009.values", [1])),
+    "part nobody uses": lambda m, h, p: (h.update({"0019.values": {"dtype": "U8"}}), resize(h, p, "0019.values", [1])),
     "path as a part": lambda m, h, p: h.update({"../../etc/passwd": h.pop("0000.values")}),
     "part with another number": lambda m, h, p: h.update({"٠٠٠٠.values": h.pop("0000.values")}),
     "path as a tensor": lambda m, h, p: tensor(m, 0, name="../../etc/passwd"),
@@ -167,12 +203,12 @@ EDITS: dict[str, Edit] = {
     "requires a path": lambda m, h, p: m.update(requires=["../../x"]),
     "requires twice": lambda m, h, p: m.update(requires=["1" * 64, "1" * 64]),
     "requires a dict": lambda m, h, p: m.update(requires={}),
-    "newer format": lambda m, h, p: m.update(format="weightpatch-patch/2"),
+    "older format": lambda m, h, p: m.update(format="weightpatch-patch/1"),
+    "newer format": lambda m, h, p: m.update(format="weightpatch-patch/3"),
     "field missing": lambda m, h, p: m.pop("editor"),
     "field more": lambda m, h, p: m.update(code="print(1)"),
     "entry's field more": lambda m, h, p: tensor(m, 0, code="print(1)"),
     "metrics is a list": lambda m, h, p: m.update(metrics=[]),
-    "metric is a dict": lambda m, h, p: m.update(metrics={"a": {}}),
     "metric is huge": lambda m, h, p: m.update(metrics={"a": 10**400}),
     "escape in the editor": lambda m, h, p: m.update(editor="\x1b]0;x\x07"),
     "tensors is text": lambda m, h, p: m.update(tensors="full"),
@@ -203,18 +239,21 @@ EDITS: dict[str, Edit] = {
     "gate: part of an operation": lambda m, h, p: h.update({"0004.left": h.pop("0004.keys")}),
     "gate: not in the manifest": lambda m, h, p: m["gates"].pop(),
     "gate: none in the manifest": lambda m, h, p: m.pop("gates"),
-    "gate: more in the manifest": lambda m, h, p: m["gates"].append("z"),
-    "gate: one name twice": lambda m, h, p: m.update(gates=["fc", "fc"]),
+    "gate: more in the manifest": lambda m, h, p: m["gates"].append({"layer": "z", "readings": [0]}),
+    "gate: one name twice": lambda m, h, p: gate(m, 0, layer="fc"),
     "gate: out of order": lambda m, h, p: m["gates"].reverse(),
-    "gate: path": lambda m, h, p: m.update(gates=["../../etc/passwd", "fc"]),
-    "gate: escape": lambda m, h, p: m.update(gates=["a\x1b[2J", "fc"]),
-    "gate: no name": lambda m, h, p: m.update(gates=["", "fc"]),
-    "gate: name is a number": lambda m, h, p: m.update(gates=[1, 2]),
-    "gate: name is a list": lambda m, h, p: m.update(gates=[["body.0"], "fc"]),
-    "gate: names are text": lambda m, h, p: m.update(gates="ab"),
-    "gate: names are a dict": lambda m, h, p: m.update(gates={"body.0": 0, "fc": 1}),
-    "gate: names are null": lambda m, h, p: m.update(gates=None),
-    "gate: more than fit": lambda m, h, p: m.update(gates=[f"{n:05}" for n in range(9997)]),
+    "gate: path": lambda m, h, p: gate(m, 0, layer="../../etc/passwd"),
+    "gate: escape": lambda m, h, p: gate(m, 0, layer="a\x1b[2J"),
+    "gate: no name": lambda m, h, p: gate(m, 0, layer=""),
+    "gate: name is a number": lambda m, h, p: gate(m, 0, layer=1),
+    "gate: name is a list": lambda m, h, p: gate(m, 0, layer=["body.0"]),
+    "gate: is text": lambda m, h, p: m.update(gates=["body.0", "fc"]),
+    "gate: all are text": lambda m, h, p: m.update(gates="ab"),
+    "gate: all are a dict": lambda m, h, p: m.update(gates={"body.0": 0, "fc": 1}),
+    "gate: all are null": lambda m, h, p: m.update(gates=None),
+    "gate: more than fit": lambda m, h, p: m.update(
+        gates=[{"layer": f"{n:05}", "readings": [0]} for n in range(9997)], readings=m["readings"][:1]
+    ),
 }
 
 
@@ -222,6 +261,149 @@ EDITS: dict[str, Edit] = {
 def test_forged_files_with_a_right_digest_are_refused(edit):
     with pytest.raises(PatchDamaged):
         Patch.from_bytes(forge(edit))
+
+
+def deep(levels: int) -> Any:
+    value: Any = 0
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+# Of what came with the second format: also the words, so that each is refused for its own reason
+WORDS: dict[str, tuple[Edit, str]] = {
+    "field missing": (lambda m, h, p: m.pop("unrecorded"), "has the fields"),
+    "readings missing": (lambda m, h, p: m.pop("readings"), "has the fields"),
+    "context: a path": (lambda m, h, p: m.update(context=["../x"]), "SHA-256"),
+    "context: lacks what is required": (lambda m, h, p: m.update(context=["2" * 64]), "not in context"),
+    "context: out of order": (lambda m, h, p: m["context"].reverse(), "rising order"),
+    "context: text": (lambda m, h, p: m.update(context="1" * 64), "a list"),
+    "metric: deep": (lambda m, h, p: m.update(metrics={"a": deep(8)}), "inside one another"),
+    "metric: very deep": (lambda m, h, p: m.update(metrics={"a": deep(500)}), "inside one another"),
+    "metric: long number": (lambda m, h, p: m.update(metrics={"a": [10**400]}), "401 digits"),
+    "metric: infinite": (lambda m, h, p: m.update(metrics={"a": [math.inf]}), "holds Infinity"),
+    "metric: beyond 64 bits": (lambda m, h, p: m.update(metrics={"a": {"b": 2**63}}), "finite number"),
+    "metric: escape": (lambda m, h, p: m.update(metrics={"a": {"b": ["\x1b[2J"]}}), "printable"),
+    "metric: escape in a name": (lambda m, h, p: m.update(metrics={"a": {"\x1b[2J": 1}}), "printable"),
+    "metric: many": (lambda m, h, p: m.update(metrics={"a": [1] * 100_000}), "at most 100000 values"),
+    "setting: a list": (lambda m, h, p: m.update(settings={"a": [1]}), "finite number or text"),
+    "unrecorded: text": (lambda m, h, p: m.update(unrecorded=["Says"]), "has the fields"),
+    "unrecorded: two lines": (lambda m, h, p: m["unrecorded"][0].update(reason="a\nid forged"), "printable"),
+    "unrecorded: more": (lambda m, h, p: m["unrecorded"][0].update(code="x"), "has the fields"),
+    "gate: no reading": (lambda m, h, p: gate(m, 1, readings=[]), "1 to 8 readings"),
+    "gate: nine readings": (lambda m, h, p: gate(m, 1, readings=[1] * 9), "1 to 8 readings"),
+    "gate: reading beyond the last": (lambda m, h, p: gate(m, 1, readings=[2]), "in order of use"),
+    "gate: reading is true": (lambda m, h, p: gate(m, 1, readings=[True]), "1 to 8 readings"),
+    "gate: reading is negative": (lambda m, h, p: gate(m, 1, readings=[-1]), "1 to 8 readings"),
+    "gate: a lock without keys": (lambda m, h, p: gate(m, 1, readings=[1, 1]), "missing: 0005.keys.1"),
+    "gate: keys of another width than the metric": (lambda m, h, p: gate(m, 0, readings=[0, 1]), "missing"),
+    "gate: more": (lambda m, h, p: gate(m, 0, code="x"), "has the fields"),
+    "reading: unused": (lambda m, h, p: gate(m, 1, readings=[0]), "in order of use"),
+    "reading: twice": (
+        lambda m, h, p: (m["readings"].__setitem__(1, m["readings"][0]), [drop(h, p, f"0007.{k}") for k in PARTS]),
+        "a reading twice",
+    ),
+    "reading: out of order": (lambda m, h, p: m["readings"].reverse(), "nothing uses"),
+    "reading: other pooling": (lambda m, h, p: reading(m, 1, pooling="max"), "none, mean, last, minimum"),
+    "reading: pooling is a list": (lambda m, h, p: reading(m, 1, pooling=["mean"]), "pooling"),
+    "reading: other distance": (lambda m, h, p: reading(m, 1, distance="l1"), "euclidean, cosine"),
+    "reading: grid without mean": (lambda m, h, p: reading(m, 0, grid=[2]), "grid"),
+    "reading: huge grid": (lambda m, h, p: reading(m, 1, grid=[2**70]), "digits"),
+    "reading: large grid": (lambda m, h, p: reading(m, 1, grid=[2**40]), "grid"),
+    "reading: grid is text": (lambda m, h, p: reading(m, 1, grid="22"), "a list"),
+    "reading: other part": (lambda m, h, p: reading(m, 1, parts=["centre", "code"]), "parts"),
+    "reading: parts out of order": (lambda m, h, p: reading(m, 1, parts=["metric", "centre"]), "parts"),
+    "reading: part not in the manifest": (lambda m, h, p: reading(m, 1, parts=["metric"]), "nothing uses"),
+    "reading: path": (lambda m, h, p: reading(m, 1, layer="../x"), "module name"),
+    "reading: nan": (lambda m, h, p: p.update({"0007.metric": values("<f2", *[np.nan] * 15)}), "NaN"),
+    "reading: vector": (lambda m, h, p: resize(h, p, "0007.metric", [3]), "expected metric"),
+    "reading: other rank": (lambda m, h, p: resize(h, p, "0007.metric", [4, 5]), "metric gives 4"),
+    "reading: other width": (lambda m, h, p: resize(h, p, "0007.metric", [3, 6]), "other widths"),
+    "reading: number": (lambda m, h, p: resize(h, p, "0007.centre", []), "expected metric"),
+    "reading: whole numbers": (lambda m, h, p: h["0007.metric"].update(dtype="I16"), "floating-point"),
+    "demand: path as a kind": (lambda m, h, p: demand(m, 0, kind="../../x"), "AUTHOR/NAME"),
+    "demand: class as a kind": (lambda m, h, p: demand(m, 0, kind="Classified"), "AUTHOR/NAME"),
+    "demand: kind is a dict": (lambda m, h, p: demand(m, 0, kind={}), "AUTHOR/NAME"),
+    "demand: version zero": (lambda m, h, p: demand(m, 0, version=0), "version"),
+    "demand: version is true": (lambda m, h, p: demand(m, 0, version=True), "version"),
+    "demand: version is text": (lambda m, h, p: demand(m, 0, version="1"), "version"),
+    "demand: path as a tensor": (lambda m, h, p: demand(m, 0, tensors=["on", "x/../y"]), "name of a demand's tensor"),
+    "demand: tensors out of order": (lambda m, h, p: demand(m, 0, tensors=["x", "on"]), "rising order"),
+    "demand: tensor twice": (lambda m, h, p: demand(m, 0, tensors=["on", "on", "x"]), "rising order"),
+    "demand: tensor is a number": (lambda m, h, p: demand(m, 0, tensors=[1]), "name of a demand's tensor"),
+    "demand: tensor not in the file": (lambda m, h, p: demand(m, 0, tensors=["on", "x", "y"]), "missing: 0008.y"),
+    "demand: tensor not in the manifest": (lambda m, h, p: demand(m, 0, tensors=["x"]), "nothing uses: 0008.on"),
+    "demand: not in the manifest": (lambda m, h, p: m["demands"].pop(), "nothing uses: 0009.x"),
+    "demand: scalars are a list": (lambda m, h, p: demand(m, 0, scalars=[]), "a dict"),
+    "demand: deep scalars": (lambda m, h, p: demand(m, 0, scalars={"a": deep(8)}), "inside one another"),
+    "demand: escape": (lambda m, h, p: demand(m, 0, scalars={"a": ["\x1b"]}), "printable"),
+    "demand: before is whole": (lambda m, h, p: demand(m, 0, before=1), "violation before"),
+    "demand: before is true": (lambda m, h, p: demand(m, 0, before=True), "violation before"),
+    "demand: after is text": (lambda m, h, p: demand(m, 0, after="0.5"), "violation after"),
+    "demand: after overflows": (lambda m, h, p: demand(m, 0, after=0.25), "violation after"),
+    "demand: more": (lambda m, h, p: demand(m, 0, module="os"), "has the fields"),
+    "demand: null": (lambda m, h, p: m["demands"].append(None), "has the fields"),
+    "demand: nan": (lambda m, h, p: p.update({"0008.x": values("<f4", 1, 2, 3, np.nan)}), "NaN"),
+    "demand: neither true nor false": (lambda m, h, p: p.update({"0008.on": values("u1", 1, 2)}), "true and false"),
+    "demand: shape that no stride fits": (lambda m, h, p: resize(h, p, "0008.x", [0, 2**40, 2**40]), "impossible"),
+    "demand: long name": (lambda m, h, p: h.update({f"0008.{'x' * 200}": h.pop("0008.x")}), "something else"),
+}
+PARTS = ("centre", "metric")
+
+
+def drop(header, payload, name):
+    header.pop(name), payload.pop(name)
+    first = next(iter(payload))
+    resize(header, payload, first, header[first]["shape"], payload[first])
+
+
+@pytest.mark.parametrize(("edit", "words"), WORDS.values(), ids=WORDS.keys())
+def test_each_is_refused_for_its_own_reason(edit, words):
+    def dump(plain):
+        return json.dumps(plain, sort_keys=True, separators=(",", ":")).replace('"after":0.25', '"after":1e999')
+
+    with pytest.raises(PatchDamaged, match=words):
+        Patch.from_bytes(forge(edit, dump=dump))
+
+
+HOSTILE = (
+    *(None, True, 0, -1, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, "", "x", "../x", "\x1b", "\ud800", "0" * 64, "1" * 64),
+    *([], {}, [0], [[]], {"a": {}}, deep(7), deep(50), ["x", "y"], [True], "none", "mean", "cosine", "full", "F32"),
+)
+hostile = st.sampled_from(HOSTILE).map(copy.deepcopy)
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Every (container, key) of a JSON value."""
+    pairs = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())
+    return [(value, key) for key, _ in pairs] + [place for _, item in pairs for place in places(item)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_any_value_anywhere_is_refused_or_is_a_patch_that_is_saved_as_it_is(data):
+    """One or two places of manifest or header hold something else, are gone, or are there twice."""
+
+    def edit(manifest, header, payload):
+        for _ in range(data.draw(st.integers(1, 2))):
+            holder, key = data.draw(st.sampled_from(places([manifest, header])[2:]))
+            how = data.draw(st.sampled_from(["other", "gone", "more"]))
+            if how == "gone" and len(holder) > 1:
+                del holder[key]
+            elif how == "more" and isinstance(holder, list):
+                holder.append(holder[key])
+            elif how == "more":
+                holder[data.draw(st.sampled_from(["x", "id", "code", "0000.x", "0010.values"]))] = data.draw(hostile)
+            else:
+                holder[key] = data.draw(hostile)
+
+    try:
+        forged = forge(edit)
+        patch = Patch.from_bytes(forged)
+    except PatchDamaged:
+        return
+    assert patch.to_bytes() == forged
+    assert Patch.from_bytes(patch.to_bytes()) == patch
 
 
 def raw(header: bytes, data: bytes = b"", length: int | None = None) -> bytes:

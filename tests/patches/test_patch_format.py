@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import struct
 import subprocess
 import sys
 
@@ -16,7 +17,21 @@ from hypothesis import given, settings
 from patch_cases import Net, changes, dtypes, patch_for, same_bits
 
 from weightpatch.errors import InvalidInput, PatchDamaged, PatchError
-from weightpatch.patches import Entry, Gate, Manifest, Patch, describe, fingerprint, format, manifest
+from weightpatch.patches import (
+    Demand,
+    Entry,
+    Gate,
+    GateEntry,
+    Manifest,
+    Patch,
+    Reading,
+    Unrecorded,
+    describe,
+    fingerprint,
+    format,
+    manifest,
+)
+from weightpatch.records import Record
 
 
 def small() -> Patch:
@@ -35,33 +50,34 @@ def gated() -> Patch:
     return Patch.between(base, {"w": torch.ones(2)}, fingerprint=fingerprint(base), gates=gates)
 
 
+def full() -> Patch:
+    """Everything that a patch can hold, small."""
+    base = {"w": torch.zeros(2)}
+    reading = Reading("early", "mean", (1, 2), "cosine", torch.ones(2, 3).half(), torch.zeros(3))
+    gates = {"fc": Gate(torch.ones(1, 2), torch.ones(1), torch.ones(1, 1), reading)}
+    record = Record("a/b", 1, {"x.0": torch.tensor([True]), "y": torch.tensor([2])}, {"says": ["é", None, {"k": 0.5}]})
+    return Patch.between(
+        base,
+        {"w": torch.ones(2)},
+        fingerprint=fingerprint(base),
+        requires=("1" * 64,),
+        context=("0" * 64,),
+        metrics={"held_out": {"n": 200, "bounds": [0.0, 0.015]}},
+        gates=gates,
+        demands=[Demand(record, 2, -0.125)],
+        unrecorded=[Unrecorded("Says", "a decoder is no data")],
+    )
+
+
 def golden(patch: Patch) -> tuple[str, str]:
     patch = dataclasses.replace(patch, manifest=dataclasses.replace(patch.manifest, versions={"weightpatch": "0"}))
     return patch.id[:16], hashlib.sha256(patch.to_bytes()).hexdigest()[:16]
 
 
 def test_bytes_and_ids_are_those_of_every_earlier_version():
-    base = {"b": torch.zeros(2), "w": torch.zeros(4, 4, dtype=torch.bfloat16)}
-    new = {"b": torch.tensor([1.0, 2]), "w": torch.eye(4, dtype=torch.bfloat16)}
-    patch = Patch.between(base, new, fingerprint=fingerprint(base), editor="E()", metrics={"drift": 0.5})
-    assert golden(patch) == ("d9b3eaea9cd37b55", "0fc8bbc947ee3fd9")
-    assert b"gates" not in patch.to_bytes()
-    assert golden(gated()) == ("1efbbe353feaca00", "1f70e0aaff41df78")
-
-
-def test_an_empty_list_of_gates_is_not_how_a_patch_without_any_is_written():
-    data = small().to_bytes()
-    content = format.parse(data)
-    plain = content.manifest.to_json() | {"gates": []}
-    assert Manifest.from_json(plain) == content.manifest
-    text = json.dumps(plain | {"id": "0" * 64}, sort_keys=True, separators=(",", ":"))
-    names = sorted(content.arrays, key=lambda name: (-format.SIZES[content.arrays[name].code], name))
-    arrays = [(name, content.arrays[name]) for name in names]
-    found = format.header({format.KEY: text}, [(name, a.code, a.shape, len(a.data)) for name, a in arrays])
-    found += b"".join(a.data for _, a in arrays)
-    found = found.replace(b"0" * 64, hashlib.sha256(found).hexdigest().encode(), 1)
-    with pytest.raises(PatchDamaged):
-        format.parse(found)
+    assert golden(small()) == ("db9528c358e25edd", "28c843b42afe6fa4")
+    assert golden(gated()) == ("6b0a5fd1f15c0a5f", "e3ccce50c61382a0")
+    assert golden(full()) == ("afdb17fb3a425b8c", "3fa6b858d62f8f02")
 
 
 @settings(max_examples=100)
@@ -97,7 +113,7 @@ def test_every_single_bit_matters(make):
     assert not accepted
 
 
-@pytest.mark.parametrize("make", [small, gated])
+@pytest.mark.parametrize("make", [small, gated, full])
 def test_every_truncation_and_every_addition_is_refused(make):
     data = make().to_bytes()
     for length in range(len(data)):
@@ -156,28 +172,66 @@ def test_any_safetensors_reader_reads_it(tmp_path):
         assert json.loads(file.metadata()[format.KEY])["id"] == patch.id
 
 
-def test_an_independent_reader_agrees():
-    """The page docs/patch-format.md in twenty lines of standard library, on every mutation of one byte."""
+def arrays_of(data: bytes) -> dict[str, tuple[str, list[int], bytes]] | None:
+    """The page docs/patch-format.md in standard library: the arrays by what they belong to, or None for no patch."""
+    try:
+        end = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:end])
+        manifest = json.loads(header.pop("__metadata__")["weightpatch-patch"])
+        identity = manifest["id"]
+        assert len(identity) == 64
+        assert data.count(identity.encode()) == 1
+        assert hashlib.sha256(data.replace(identity.encode(), b"0" * 64)).hexdigest() == identity
+        kinds = {"full": ["values"], "lowrank": ["left", "right"], "rows": ["index", "values"]}
+        parts = [(entry["name"], kinds.get(entry["kind"], ["index", "values"])) for entry in manifest["tensors"]]
+        for entry in manifest["gates"]:
+            more = [f"{part}.{n}" for n in range(1, len(entry["readings"])) for part in ("keys", "radii")]
+            parts.append((entry["layer"], ["keys", "radii", "values", *more]))
+        parts += [(f"reading {n}", entry["parts"]) for n, entry in enumerate(manifest["readings"])]
+        parts += [(f"demand {n}", entry["tensors"]) for n, entry in enumerate(manifest["demands"])]
+        found = {}
+        for number, (owner, names) in enumerate(parts):
+            for name in names:
+                info = header.pop(f"{number:04}.{name}")
+                begin, stop = info["data_offsets"]
+                found[f"{owner}: {name}"] = (info["dtype"], info["shape"], data[end + begin : end + stop])
+        assert not header
+        return found
+    except (ValueError, KeyError, TypeError, AssertionError, AttributeError):
+        return None
 
-    def accepts(data: bytes) -> bool:
-        try:
-            end = 8 + int.from_bytes(data[:8], "little")
-            header = json.loads(data[8:end])
-            identity = json.loads(header["__metadata__"]["weightpatch-patch"])["id"]
-            assert len(identity) == 64
-            assert data.count(identity.encode()) == 1
-            return hashlib.sha256(data.replace(identity.encode(), b"0" * 64)).hexdigest() == identity
-        except (ValueError, KeyError, TypeError, AssertionError, AttributeError):
-            return False
 
-    data = small().to_bytes()
-    assert accepts(data)
+@pytest.mark.parametrize("make", [small, full])
+def test_an_independent_reader_agrees(make):
+    """On the arrays, and on every mutation of one byte."""
+    data = make().to_bytes()
+    found, content = arrays_of(data), format.parse(data)
+    own = [(array.code, list(array.shape), bytes(array.data)) for array in content.arrays.values()]
+    assert found is not None
+    assert sorted(found.values()) == sorted(own)
     for place in range(len(data)):
         mutated = bytearray(data)
         mutated[place] = (mutated[place] + 1 + place % 255) % 256
-        assert accepts(bytes(mutated)) is False
+        assert arrays_of(bytes(mutated)) is None
         with pytest.raises(PatchDamaged):
             format.parse(mutated)
+
+
+def test_an_independent_reader_finds_what_belongs_to_what():
+    found = arrays_of(full().to_bytes())
+    assert list(found) == [
+        "w: values",
+        "fc: keys",
+        "fc: radii",
+        "fc: values",
+        "reading 0: centre",
+        "reading 0: metric",
+        "demand 0: x.0",
+        "demand 0: y",
+    ]
+    assert found["demand 0: x.0"] == ("BOOL", [1], b"\1")
+    assert found["demand 0: y"] == ("I64", [1], struct.pack("<q", 2))
+    assert found["reading 0: metric"] == ("F16", [2, 3], struct.pack("<6e", *[1] * 6))
 
 
 def test_description_of_a_file(tmp_path):
@@ -191,6 +245,20 @@ def test_description_of_a_file(tmp_path):
     assert sum(t["bytes"] for t in found["tensors"]) == patch.nbytes
     assert found["tensors"][0]["parts"] == {"values": [2]}
     assert json.loads(json.dumps(found)) == found
+    full().save(path)
+    found = describe(path)
+    assert json.loads(json.dumps(found)) == found
+    assert found["context"] == ["0" * 64, "1" * 64]
+    assert found["gates"] == [
+        {"layer": "fc", "readings": [0], "bytes": 16, "parts": {"keys": [1, 2], "radii": [1], "values": [1, 1]}}
+    ]
+    assert found["readings"][0]["parts"] == {"centre": [3], "metric": [2, 3]}
+    assert found["readings"][0]["bytes"] == 24
+    (demand,) = found["demands"]
+    assert (demand["kind"], demand["before"], demand["after"], demand["bytes"]) == ("a/b", 2.0, -0.125, 9)
+    assert demand["parts"] == {"x.0": [1], "y": [1]}
+    assert demand["scalars"] == {"says": ["é", None, {"k": 0.5}]}
+    assert found["unrecorded"] == [{"kind": "Says", "reason": "a decoder is no data"}]
 
 
 def test_describing_needs_no_torch(tmp_path):
@@ -288,6 +356,15 @@ def test_names_are_fine_or_refused_and_fine_ones_are_kept(name):
         assert list(Patch.from_bytes(patch.to_bytes()).operations) == [name]
 
 
+def nested(depth: int) -> list:
+    return [nested(depth - 1)] if depth > 1 else []
+
+
+def shared(depth: int) -> list:
+    """A hundred million numbers in the memory of a few lists."""
+    return [shared(depth - 1)] * 20 if depth else [0] * 20
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -298,10 +375,22 @@ def test_names_are_fine_or_refused_and_fine_ones_are_kept(name):
         {"constraint": 3},
         {"metrics": {"a": float("nan")}},
         {"metrics": {"a": float("inf")}},
-        {"metrics": {"a": None}},
-        {"metrics": {"a": [1]}},
+        {"metrics": {"a": [1, float("nan")]}},
+        {"metrics": {"a": {"b": ["\x1b[2J"]}}},
+        {"metrics": {"a": {"b\0": 1}}},
+        {"metrics": {"a": (1, 2)}},
+        {"metrics": {"a": {1, 2}}},
+        {"metrics": {"a": torch.ones(())}},
         {"metrics": {"a": 2**63}},
+        {"metrics": {"a": {3: 1}}},
         {"metrics": {3: 1}},
+        {"metrics": {"a": nested(8)}},
+        {"metrics": {"a": [shared(6)] * 20}},
+        {"metrics": {"a": [0] * 100_001}},
+        {"metrics": {"a": [[0] * 10_000] * 10_000}},
+        {"settings": {"a": [1]}},
+        {"settings": {"a": None}},
+        {"context": ("x",)},
         {"settings": {"a\0": 1}},
     ],
 )
@@ -309,6 +398,56 @@ def test_manifests_hold_only_what_can_be_shown_and_compared(fields):
     base = {"w": torch.zeros(2)}
     with pytest.raises(InvalidInput):
         Patch.between(base, {"w": torch.ones(2)}, **({"fingerprint": "0" * 64} | fields))
+
+
+leaves = (
+    *(st.none(), st.booleans(), st.integers(-(2**63) + 1, 2**63 - 1), st.floats(allow_nan=False, allow_infinity=False)),
+    st.text(st.characters(exclude_categories=("C", "Z"))),
+)
+json_values = st.one_of(leaves)
+for _ in range(3):
+    keys = st.text(st.characters(categories=("L", "N", "P")), max_size=5)
+    json_values = st.one_of(*leaves, st.lists(json_values, max_size=3), st.dictionaries(keys, json_values, max_size=3))
+
+
+@settings(max_examples=100)
+@given(st.dictionaries(st.sampled_from(["held out", "n", "é"]), json_values))
+def test_evidence_comes_back_as_it_was(metrics):
+    base = {"w": torch.zeros(2)}
+    patch = Patch.between(base, {"w": torch.ones(2)}, fingerprint="0" * 64, metrics=metrics)
+    again = Patch.from_bytes(patch.to_bytes())
+    assert again == patch
+    one, two = (json.dumps(evidence, sort_keys=True) for evidence in (metrics, again.manifest.metrics))
+    assert one == two
+    assert again.manifest.metrics == metrics
+
+
+def test_evidence_is_a_copy_and_can_be_other_evidence():
+    metrics = {"held_out": [1, {"n": 2}]}
+    patch = dataclasses.replace(small())
+    patch = patch.annotated(metrics=metrics)
+    kept = patch.id
+    metrics["held_out"][1]["n"] = 3
+    assert Patch.from_bytes(patch.to_bytes()).id == kept != small().id
+    other = patch.annotated(unrecorded=[Unrecorded("Says", "x")])
+    assert other.manifest.metrics == {"held_out": [1, {"n": 2}]}
+    assert other.operations is patch.operations
+    assert len({kept, other.id, small().id}) == 3
+    assert small().annotated() == small()
+    with pytest.raises(InvalidInput, match="header"):
+        patch.annotated(metrics={"a": "x" * 2**20})
+
+
+def test_what_a_patch_was_made_on_holds_what_it_requires():
+    patch = full()
+    assert patch.manifest.requires == ("1" * 64,)
+    assert patch.manifest.context == ("0" * 64, "1" * 64)
+    assert (
+        patch.id
+        != dataclasses.replace(patch, manifest=dataclasses.replace(patch.manifest, requires=("0" * 64, "1" * 64))).id
+    )
+    with pytest.raises(InvalidInput, match="not in context"):
+        Manifest("0" * 64, requires=("1" * 64,))
 
 
 def test_numbers_and_text_come_back_as_they_were():
@@ -339,13 +478,14 @@ def test_unknown_names_and_formats_are_refused():
     with pytest.raises(InvalidInput, match="base lacks"):
         Patch.between({}, {"w": torch.ones(2)}, fingerprint="0" * 64)
     with pytest.raises(InvalidInput, match="format"):
-        Manifest("0" * 64, format="weightpatch-patch/2")
+        Manifest("0" * 64, format="weightpatch-patch/1")
     entry = Entry("w", "full", (2,), "float32", "0" * 64, "1" * 64)
     for wrong in ({"kind": "zip"}, {"dtype": "int8"}, {"shape": (0,)}, {"shape": [2]}, {"shape": (True,)}, {"pre": ""}):
         with pytest.raises(InvalidInput):
             dataclasses.replace(entry, **wrong)
+    many = tuple(GateEntry(f"{number:05}", (0,)) for number in range(manifest.LIMIT))
     with pytest.raises(InvalidInput, match="gates"):
-        Manifest("0" * 64, tensors=(entry,), gates=tuple(f"{number:05}" for number in range(manifest.LIMIT)))
+        Manifest("0" * 64, tensors=(entry,), gates=many)
     for tensors in ((entry, entry), (dataclasses.replace(entry, also=("w",)),), (entry,) * (manifest.LIMIT + 1)):
         with pytest.raises(InvalidInput):
             Manifest("0" * 64, tensors=tensors)

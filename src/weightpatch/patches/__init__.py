@@ -7,28 +7,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .format import describe
-from .manifest import Entry, Manifest
+from .manifest import DemandEntry, Entry, GateEntry, Manifest, ReadingEntry, Unrecorded
 
 if TYPE_CHECKING:
-    from ..gates import Gate
+    from ..gates import Gate, Lock, Reading
     from .applying import base_fingerprint
+    from .demands import Demand
     from .hashing import fingerprint
     from .operations import Full, LowRank, Operation, Rows, Sparse, encode
-    from .patch import Demand, Patch, applied
+    from .patch import Patch, applied
     from .stack import compose
     from .weights import Weights, load_weights, save_weights
 
 __all__ = [
     "Demand",
+    "DemandEntry",
     "Entry",
     "Full",
     "Gate",
+    "GateEntry",
+    "Lock",
     "LowRank",
     "Manifest",
     "Operation",
     "Patch",
+    "Reading",
+    "ReadingEntry",
     "Rows",
     "Sparse",
+    "Unrecorded",
     "Weights",
     "applied",
     "base_fingerprint",
@@ -41,11 +48,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "..gates": ("Gate",),
+    "..gates": ("Gate", "Lock", "Reading"),
     ".applying": ("base_fingerprint",),
+    ".demands": ("Demand",),
     ".hashing": ("fingerprint",),
     ".operations": ("Full", "LowRank", "Operation", "Rows", "Sparse", "encode"),
-    ".patch": ("Demand", "Patch", "applied"),
+    ".patch": ("Patch", "applied"),
     ".stack": ("compose",),
     ".weights": ("Weights", "load_weights", "save_weights"),
 }

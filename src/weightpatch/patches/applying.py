@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import BaseMismatch, NotEditable
-from ..gates import KEY, GateHook, sizes
+from ..errors import BaseMismatch, NotEditable, PatchError
+from ..gates import KEY, Gate, GateHook, sizes
 from .composition import Layer
 from .hashing import combined, digests, named_tensors, uncompiled
 from .stack import State, with_layer, without_layer
@@ -93,20 +93,31 @@ def _hooks(model: nn.Module, state: State, moved: Layer) -> Hooks:
             raise NotEditable(f"module {name!r} is TorchScript, which runs no hooks; use the eager module it came from")
         # Patches come after those that they require: where keys are equally near, the later patch has the last word
         gates = [
-            (layer, gate)
+            (layer, other, gate)
             for layer in reversed(state.layers)
             for other, gate in sorted(layer.gates.items())
             if modules.get(other) is part
         ]
-        own = sizes(part) or {gate.sizes for _, gate in gates[-1:]}
-        for layer, gate in gates:
+        for layer, other, gate in gates:
+            _check_runs(layer, other, gate)
+        own = sizes(part) or {gate.sizes for *_, gate in gates[-1:]}
+        for layer, _, gate in gates:
             if gate.sizes not in own:
                 raise BaseMismatch(
                     f"patch {layer.id[:12]} gates {name!r} from {gate.sizes[0]} to {gate.sizes[1]} features; "
                     f"it has {' or '.join(f'{width} to {out}' for width, out in sorted(own))}"
                 )
-        found.append((part, GateHook(name, part, [gate for _, gate in gates]) if gates else None))
+        found.append((part, GateHook(name, part, [gate for *_, gate in gates]) if gates else None))
     return found
+
+
+def _check_runs(layer: Layer, name: str, gate: Gate) -> None:
+    if not gate.plain_at(name):
+        read = " and ".join(dict.fromkeys(repr(lock.reading.layer or name) for lock in gate.locks))
+        raise PatchError(
+            f"patch {layer.id[:12]} gates {name!r} by keys read at {read}, and this weightpatch can only run gates "
+            "whose keys are the gated layer's own inputs, position by position, by Euclidean distance; use a newer one"
+        )
 
 
 def _inner(module: nn.Module) -> nn.Module:

@@ -1,26 +1,45 @@
 """What a patch says about itself: the manifest, checked field by field; needs no torch."""
 
+from __future__ import annotations
+
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from math import isfinite
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from .._readings import check_reading
 from ..errors import InvalidInput, PatchDamaged
+from .plain import (
+    LARGEST,
+    as_tuple,
+    check,
+    check_digest,
+    check_ids,
+    check_json,
+    check_name,
+    check_scalars,
+    check_text,
+    copied,
+    fields,
+    rising,
+)
 
-FORMAT = "weightpatch-patch/1"
-LIMIT = 10_000  # tensors in a patch, and patches that one may require
-GATE = ("keys", "radii", "values")  # the parts of a gate
-DEMAND = ("inputs", "wanted")  # the parts of a demand
-KINDS = {"Classified": "margin", "Within": "tolerance"}  # of demands, and what their limit is called
+if TYPE_CHECKING:
+    from ..records import Plain
+
+FORMAT = "weightpatch-patch/2"
+LIMIT = 10_000  # tensors, gates, readings and demands in a patch, together; and patches that one may name
+LOCKS = 8  # of a gate
+NAME_LIMIT = 128  # characters in the name of a demand's tensor
 PARTS = {"full": ("values",), "lowrank": ("left", "right"), "rows": ("index", "values"), "sparse": ("index", "values")}
 CODES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 
 Scalar = str | int | float | bool
 
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-_LARGEST = 2**63 - 1
+_KIND = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}/[a-z0-9][a-z0-9_.-]{0,63}")
+_TENSOR = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*")
+_READING = (("centre",), ("centre", "metric"), ("metric",), ())
 
 
 @dataclass(frozen=True)
@@ -44,149 +63,224 @@ class Entry:
         return (self.name, *self.also)
 
     def __post_init__(self) -> None:
-        _check(isinstance(self.also, tuple) and len(self.also) <= LIMIT, "also", self.also, "a tuple of names")
+        check(isinstance(self.also, tuple) and len(self.also) <= LIMIT, "also", self.also, "a tuple of names")
         for name in self.names:
             check_name(name)
-        _check(_rising(self.also), "also", self.also, "each name once, in rising order")
-        _check(isinstance(self.kind, str) and self.kind in PARTS, "kind", self.kind, f"one of {', '.join(PARTS)}")
-        _check(isinstance(self.dtype, str) and self.dtype in CODES, "dtype", self.dtype, f"one of {', '.join(CODES)}")
-        _check(isinstance(self.shape, tuple) and len(self.shape) <= 16, "shape", self.shape, "a tuple of <= 16 sizes")
+        check(rising(self.also), "also", self.also, "each name once, in rising order")
+        check(isinstance(self.kind, str) and self.kind in PARTS, "kind", self.kind, f"one of {', '.join(PARTS)}")
+        check(isinstance(self.dtype, str) and self.dtype in CODES, "dtype", self.dtype, f"one of {', '.join(CODES)}")
+        check(isinstance(self.shape, tuple) and len(self.shape) <= 16, "shape", self.shape, "a tuple of <= 16 sizes")
         for size in self.shape:
-            _check(type(size) is int and 0 < size <= _LARGEST, "shape", self.shape, "positive integers")
-        _check_digest("pre", self.pre)
-        _check_digest("post", self.post)
+            check(type(size) is int and 0 < size <= LARGEST, "shape", self.shape, "positive integers")
+        check_digest("pre", self.pre)
+        check_digest("post", self.post)
 
-    def to_json(self) -> dict[str, Any]:
-        """The entry as plain lists and scalars."""
-        plain = {name: getattr(self, name) for name in _ENTRY}
-        return plain | {"shape": list(self.shape), "also": list(self.also)}
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of its arrays."""
+        return PARTS[self.kind]
 
     @classmethod
-    def from_json(cls, plain: object) -> "Entry":
+    def from_json(cls, plain: object) -> Entry:
         """The entry of `to_json`; raises `InvalidInput` for anything else."""
-        fields = _fields(plain, _ENTRY, "a tensor's entry")
-        return cls(**fields | {name: _tuple(fields[name], name) for name in ("shape", "also")})
+        return cls(**_listed(cls, plain, "a tensor's entry", "shape", "also"))
+
+
+@dataclass(frozen=True)
+class GateEntry:
+    """One gated module: its name, and for each of its locks which of the manifest's readings it is compared with."""
+
+    layer: str
+    readings: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        check_name(self.layer, "module name")
+        fine = isinstance(self.readings, tuple) and 0 < len(self.readings) <= LOCKS
+        fine = fine and all(type(n) is int and 0 <= n < LIMIT for n in self.readings)
+        check(fine, "a gate's readings", self.readings, f"the numbers of 1 to {LOCKS} readings")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of its arrays: the first lock's, those of further locks with their numbers, and the values."""
+        more = (f"{part}.{n}" for n in range(1, len(self.readings)) for part in ("keys", "radii"))
+        return ("keys", "radii", "values", *more)
+
+    @classmethod
+    def from_json(cls, plain: object) -> GateEntry:
+        """The entry of `to_json`; raises `InvalidInput` for anything else."""
+        return cls(**_listed(cls, plain, "a gate's entry", "readings"))
+
+
+@dataclass(frozen=True)
+class ReadingEntry:
+    """What keys are compared with, as `weightpatch.gates.Reading` says it; `parts` names the arrays that are there."""
+
+    layer: str
+    pooling: str = "none"
+    grid: tuple[int, ...] = ()
+    distance: str = "euclidean"
+    parts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_name(self.layer, "module name")
+        check_reading(self.pooling, self.grid, self.distance)
+        check(self.parts in _READING, "a reading's parts", self.parts, "some of centre and metric, in this order")
+
+    @classmethod
+    def from_json(cls, plain: object) -> ReadingEntry:
+        """The entry of `to_json`; raises `InvalidInput` for anything else."""
+        return cls(**_listed(cls, plain, "a reading's entry", "grid", "parts"))
+
+
+@dataclass(frozen=True)
+class DemandEntry:
+    """One demand's record without its tensors' values, and its violation before and after; None where not known."""
+
+    kind: str
+    version: int
+    tensors: tuple[str, ...] = ()
+    scalars: Mapping[str, Plain] = field(default_factory=dict)
+    before: float | None = None
+    after: float | None = None
+
+    def __post_init__(self) -> None:
+        fine = isinstance(self.kind, str) and _KIND.fullmatch(self.kind) is not None
+        check(fine, "a demand's kind", self.kind, "AUTHOR/NAME, each 1 to 64 of a-z, 0-9, '_', '.' and '-'")
+        fine = type(self.version) is int and 0 < self.version < 2**31
+        check(fine, "a demand's version", self.version, "a whole number of at least 1")
+        fine = isinstance(self.tensors, tuple) and len(self.tensors) <= LIMIT
+        check(fine, "a demand's tensors", self.tensors, f"at most {LIMIT} names")
+        for name in self.tensors:
+            fine = isinstance(name, str) and len(name) <= NAME_LIMIT and _TENSOR.fullmatch(name) is not None
+            check(fine, "the name of a demand's tensor", name, "128 of A-Z, a-z, 0-9 and '_', in dotted parts")
+        check(rising(self.tensors), "a demand's tensors", self.tensors, "each name once, in rising order")
+        check_json("a demand's scalars", self.scalars)
+        for when in ("before", "after"):
+            value = getattr(self, when)
+            fine = value is None or (isinstance(value, float) and isfinite(value))
+            check(fine, f"a demand's violation {when}", value, "a finite float, or None")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of its arrays."""
+        return self.tensors
+
+    @classmethod
+    def from_json(cls, plain: object) -> DemandEntry:
+        """The entry of `to_json`; raises `InvalidInput` for anything else."""
+        return cls(**_listed(cls, plain, "a demand's entry", "tensors"))
+
+
+@dataclass(frozen=True)
+class Unrecorded:
+    """A demand that a patch was made for and does not hold: its kind, and why, each one printable line."""
+
+    kind: str
+    reason: str
+
+    def __post_init__(self) -> None:
+        for name, most in (("kind", 200), ("reason", 1000)):
+            value = getattr(self, name)
+            fine = isinstance(value, str) and 0 < len(value) <= most and value.isprintable()
+            check(fine, f"the {name} of what was not recorded", value, f"1 to {most} printable characters")
+
+    @classmethod
+    def from_json(cls, plain: object) -> Unrecorded:
+        """The value of `to_json`; raises `InvalidInput` for anything else."""
+        return cls(**fields(plain, tuple(cls.__dataclass_fields__), "what was not recorded"))
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Which base a patch changes, after which others, made how, what it does to each tensor, and what it gates."""
+    """Which base a patch changes, after which others, made how, what it does to each tensor, and what it gates.
+
+    `requires` are the patches that must be on; `context`, which holds them too, those that were on when this one was
+    made, so that it can be understood only with their files.
+    """
 
     base: str
     requires: tuple[str, ...] = ()
+    context: tuple[str, ...] = ()
     editor: str = ""
     constraint: str = ""
     settings: Mapping[str, Scalar] = field(default_factory=dict)
-    metrics: Mapping[str, Scalar] = field(default_factory=dict)
+    metrics: Mapping[str, Plain] = field(default_factory=dict)
     versions: Mapping[str, Scalar] = field(default_factory=dict)
     tensors: tuple[Entry, ...] = ()
+    gates: tuple[GateEntry, ...] = ()
+    readings: tuple[ReadingEntry, ...] = ()
+    demands: tuple[DemandEntry, ...] = ()
+    unrecorded: tuple[Unrecorded, ...] = ()
     format: str = FORMAT
-    gates: tuple[str, ...] = ()
-    demands: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
-        _check(self.format == FORMAT, "format", self.format, f"{FORMAT}; a newer weightpatch may read it")
-        _check_digest("base", self.base)
-        _check(isinstance(self.requires, tuple) and len(self.requires) <= LIMIT, "requires", self.requires, "a tuple")
-        for required in self.requires:
-            _check_digest("requires", required)
-        _check(_rising(self.requires), "requires", self.requires, "each id once, in rising order")
-        for name in ("editor", "constraint"):
-            _check_text(name, getattr(self, name))
-        for name in ("settings", "metrics", "versions"):
-            _check_scalars(name, getattr(self, name))
-        _check(isinstance(self.tensors, tuple) and len(self.tensors) <= LIMIT, "tensors", "...", f"at most {LIMIT}")
+        check(self.format == FORMAT, "format", self.format, f"{FORMAT}; another weightpatch may read it")
+        check_digest("base", self.base)
+        check_ids("requires", self.requires, LIMIT)
+        check_ids("context", self.context, LIMIT)
+        check(set(self.requires) <= set(self.context), "requires", self.requires, "no id that is not in context")
+        check_text("editor", self.editor)
+        check_text("constraint", self.constraint)
+        check_scalars("settings", self.settings)
+        check_json("metrics", self.metrics)
+        check_scalars("versions", self.versions)
+        for name in _ENTRIES:
+            given = getattr(self, name)
+            check(isinstance(given, tuple) and len(given) <= LIMIT, name, "...", f"a tuple of at most {LIMIT}")
+        check(len(self.entries) <= LIMIT, "tensors, gates, readings and demands", "...", f"at most {LIMIT} together")
         names = [entry.name for entry in self.tensors]
-        _check(_rising(names), "tensors", names, "each name once, in rising order")
+        check(rising(names), "tensors", names, "each name once, in rising order")
         every = [name for entry in self.tensors for name in entry.names]
-        _check(len(set(every)) == len(every), "tensors", every, "no name under two tensors")
-        most = LIMIT - len(self.tensors)
-        _check(isinstance(self.gates, tuple) and len(self.gates) <= most, "gates", "...", f"at most {most}")
-        for name in self.gates:
-            check_name(name, "module name")
-        _check(_rising(self.gates), "gates", self.gates, "each module once, in rising order")
-        most -= len(self.gates)
-        _check(isinstance(self.demands, tuple) and len(self.demands) <= most, "demands", "...", f"at most {most}")
-        for demand in self.demands:
-            pair = isinstance(demand, tuple) and len(demand) == 2 and demand[0] in KINDS
-            fine = pair and isinstance(demand[1], (int, float)) and 0 <= demand[1] < float("inf")
-            _check(fine, "a demand", demand, f"one of {', '.join(KINDS)}, and its {' or '.join(KINDS.values())}")
+        check(len(set(every)) == len(every), "tensors", every, "no name under two tensors")
+        layers = [entry.layer for entry in self.gates]
+        check(rising(layers), "gates", layers, "each module once, in rising order")
+        used = list(dict.fromkeys(number for entry in self.gates for number in entry.readings))
+        check(used == list(range(len(self.readings))), "gates", used, "all readings, numbered in order of use")
+
+    @property
+    def entries(self) -> tuple[Entry | GateEntry | ReadingEntry | DemandEntry, ...]:
+        """Whatever has arrays, in the order of its numbers in the file."""
+        return (*self.tensors, *self.gates, *self.readings, *self.demands)
+
+    @property
+    def arrays(self) -> dict[str, tuple[int, str]]:
+        """The arrays that the file holds: (number of the entry, part) by name, as in "0007.left"."""
+        pairs = ((number, part) for number, entry in enumerate(self.entries) for part in entry.parts)
+        return {f"{number:04}.{part}": (number, part) for number, part in pairs}
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as plain dicts, lists and scalars."""
-        plain = {name: getattr(self, name) for name in _MANIFEST}
-        plain |= {name: dict(plain[name]) for name in ("settings", "metrics", "versions")}
-        plain |= {"requires": list(self.requires), "tensors": [entry.to_json() for entry in self.tensors]}
-        more = {"gates": list(plain.pop("gates")), "demands": [list(demand) for demand in plain.pop("demands")]}
-        return plain | {name: value for name, value in more.items() if value}  # without them as before there were any
+        return {name: _plain(getattr(self, name)) for name in _MANIFEST}
 
     @classmethod
-    def from_json(cls, plain: object) -> "Manifest":
+    def from_json(cls, plain: object) -> Manifest:
         """The manifest of `to_json`; anything else is `PatchDamaged`."""
         try:
-            wanted = [name for name in _MANIFEST if name not in _MORE or (isinstance(plain, dict) and name in plain)]
-            fields = _fields(plain, wanted, "the manifest")
-            fields |= {name: _tuple(fields[name], name) for name in ("requires", *_MORE) if name in fields}
-            if "demands" in fields:
-                fields["demands"] = tuple(_tuple(item, "a demand") for item in fields["demands"])
-            fields["tensors"] = tuple(Entry.from_json(item) for item in _tuple(fields["tensors"], "tensors"))
-            return cls(**fields)
+            found = _listed(cls, plain, "the manifest", "requires", "context", *_ENTRIES)
+            return cls(**found | {name: tuple(map(kind, found[name])) for name, kind in _ENTRIES.items()})
         except InvalidInput as error:
             raise PatchDamaged(f"not a patch: {error}") from None
 
 
 _MANIFEST = tuple(Manifest.__dataclass_fields__)
-_MORE = ("gates", "demands")  # what the manifest has only where there are some
-_ENTRY = tuple(Entry.__dataclass_fields__)
+_ENTRIES: dict[str, Any] = {
+    "tensors": Entry.from_json,
+    "gates": GateEntry.from_json,
+    "readings": ReadingEntry.from_json,
+    "demands": DemandEntry.from_json,
+    "unrecorded": Unrecorded.from_json,
+}
 
 
-def check_name(name: object, what: str = "tensor name") -> None:
-    """Refuse (`InvalidInput`) what no parameter or module is called: path-like, unprintable or very long names."""
-    fine = isinstance(name, str) and 0 < len(name) <= 256 and name.isprintable() and not re.search(r"[/\\]", name)
-    wanted = "1 to 256 printable characters, dots between non-empty parts, no slash"
-    _check(fine and all(str(name).split(".")), what, name, wanted)
+def _listed(cls: Any, plain: object, what: str, *lists: str) -> dict[str, Any]:
+    """Return a JSON object with a dataclass's fields, and tuples for some lists in it."""
+    found = fields(plain, tuple(cls.__dataclass_fields__), what)
+    return found | {name: as_tuple(found[name], name) for name in lists}
 
 
-def _check(fine: bool, what: str, given: object, wanted: str) -> None:
-    if not fine:
-        raise InvalidInput(f"{what} is {repr(given)[:300]}; expected {wanted}")
-
-
-def _check_digest(what: str, value: object) -> None:
-    fine = isinstance(value, str) and _DIGEST.fullmatch(value) is not None
-    _check(fine, what, value, "a SHA-256 as 64 lower-case hex digits")
-
-
-def _check_text(what: str, value: object) -> None:
-    # Control characters could drive the terminal that shows them
-    fine = isinstance(value, str) and all(c.isprintable() or c in "\n\t" for c in value)
-    _check(fine, what, value, "printable text")
-
-
-def _check_scalars(what: str, values: object) -> None:
-    _check(isinstance(values, Mapping), what, values, "a mapping of names to numbers or text")
-    assert isinstance(values, Mapping)
-    for key, value in values.items():
-        _check_text(f"a name in {what}", key)
-        if isinstance(value, str):
-            _check_text(f"{what}[{key!r}]", value)
-        else:
-            number = abs(value) <= _LARGEST if isinstance(value, int) else isinstance(value, float) and isfinite(value)
-            _check(number, f"{what}[{key!r}]", value, "a finite number or text")
-
-
-def _rising(values: list[str] | tuple[str, ...]) -> bool:
-    return all(a < b for a, b in pairwise(values))
-
-
-def _fields(plain: object, names: Sequence[str], what: str) -> dict[str, Any]:
-    if not isinstance(plain, dict) or set(plain) != set(names):
-        found = sorted(map(str, plain)) if isinstance(plain, dict) else plain
-        raise InvalidInput(f"{what} has the fields {found!r}"[:300] + f"; expected {sorted(names)}")
-    return dict(plain)
-
-
-def _tuple(values: object, what: str) -> tuple[Any, ...]:
-    _check(isinstance(values, list), what, values, "a list")
-    assert isinstance(values, list)
-    return tuple(values)
+def _plain(value: Any) -> Any:
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return copied(dict(value)) if isinstance(value, Mapping) else value

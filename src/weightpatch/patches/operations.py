@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFinite, NotEditable, ShapeMismatch
-from .format import index_code
+from .arrays import index_code
 from .lowrank import factors, within
 from .rounding import bits, rounded
 

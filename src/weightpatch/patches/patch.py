@@ -1,9 +1,11 @@
 """Patch: a change of named weights as a value that can be saved, applied and reverted."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -12,49 +14,22 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..errors import BaseMismatch, InvalidInput
-from ..gates import Gate
+from ..gates import Gate, Lock, Reading
+from ..records import Plain, Record
 from . import applying, files
-from .format import Array, Content, encode, parse, read
+from .arrays import Array, by_entry, mark
+from .demands import HELD, Demand
+from .format import Content, encode, parse, read
 from .hashing import as_bytes, digest, tied
-from .manifest import CODES, DEMAND, GATE, KINDS, PARTS, Entry, Manifest, Scalar
-from .operations import EDITABLE, INDEX, Full, LowRank, Operation, Rows, Sparse
+from .manifest import Entry, GateEntry, Manifest, ReadingEntry, Scalar, Unrecorded
+from .operations import Full, LowRank, Operation, Rows, Sparse
 from .operations import encode as encode_operation
+from .plain import check_json, copied
 
-_INTEGERS = tuple(INDEX.values())
 M = TypeVar("M", bound=nn.Module)
 
-_TYPES = INDEX | {code: getattr(torch, name) for name, code in CODES.items()}
-_CODES = {dtype: code for code, dtype in _TYPES.items()}
+_CODES = {dtype: code for code, dtype in HELD.items()}
 _KINDS = {kind.kind: kind for kind in (Full, LowRank, Rows, Sparse)}
-
-
-@dataclass(frozen=True, eq=False)
-class Demand:
-    """What a patch was made for: inputs and what is wanted of them, as `Classified` and `Within` say it.
-
-    `kind` is the constraint's name, `limit` its margin or tolerance; `inputs` (n, ...) and `wanted`, classes (n,) or
-    targets (n, ...), are tensors. Raises `InvalidInput` for other kinds and types.
-    """
-
-    kind: str
-    limit: float
-    inputs: Tensor
-    wanted: Tensor
-
-    def __post_init__(self) -> None:
-        wanted = _INTEGERS if self.kind == "Classified" else EDITABLE
-        if self.kind not in KINDS or self.inputs.dtype not in _TYPES.values() or self.wanted.dtype not in wanted:
-            raise InvalidInput(
-                f"a demand was given as {self.kind} of {self.inputs.dtype} inputs and {self.wanted.dtype}; expected "
-                f"one of {', '.join(KINDS)}, with inputs and targets of floating-point numbers, or integers"
-            )
-
-    def copy(self) -> "Demand":
-        """The same demand on the CPU, in memory of its own."""
-        inputs, wanted = (
-            part.detach().cpu().clone(memory_format=torch.contiguous_format) for part in (self.inputs, self.wanted)
-        )
-        return Demand(self.kind, self.limit, inputs, wanted)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -76,23 +51,27 @@ class Patch:
         new: Mapping[str, Tensor],
         *,
         fingerprint: str,
-        requires: tuple[str, ...] = (),
+        requires: Sequence[str] = (),
+        context: Sequence[str] = (),
         editor: str = "",
         constraint: str = "",
         settings: Mapping[str, Scalar] | None = None,
-        metrics: Mapping[str, Scalar] | None = None,
+        metrics: Mapping[str, Plain] | None = None,
         exact: bool = False,
         gates: Mapping[str, Gate] | None = None,
         demands: Sequence[Demand] = (),
-    ) -> "Patch":
+        unrecorded: Sequence[Unrecorded] = (),
+    ) -> Patch:
         """The patch that makes the tensors `new` of the tensors `base`, which are all of the model's, or some.
 
         With the model's whole state dict as `base` the patch also knows the other names of tied tensors. `fingerprint`
-        is the `base_fingerprint` of the model, `requires` the ids of the patches that are applied to it. Unchanged
+        is the `base_fingerprint` of the model, `requires` the ids of the patches that must be on before this one can
+        be, `context` those that were on when it was made, which are all of `requires` and perhaps more. Unchanged
         tensors are left out. Without `exact`, a tensor may be stored by its low-rank difference and then differ from
         `new` by rounding steps: `result` gives the weights as they will be. `gates` are given by the names of the
         modules whose outputs they correct. `demands` are what the patch was made for, so that later edits can keep to
-        it. Raises `InvalidInput` (`ShapeMismatch`, `NonFinite`) and `NotEditable`.
+        it; `unrecorded` is what it was made for, too, and cannot hold. `metrics` are evidence: JSON values. Raises
+        `InvalidInput` (`ShapeMismatch`, `NonFinite`) and `NotEditable`.
         """
         groups = _groups(base, new)
         found = {names[0]: encode_operation(base[names[0]], new[names[0]], exact=exact) for names in groups}
@@ -100,21 +79,46 @@ class Patch:
         entries = tuple(
             _entry(names, base[names[0]], operations[names[0]]) for names in groups if names[0] in operations
         )
+        kept = {name: gate.copy() for name, gate in sorted((gates or {}).items())}
+        readings = _readings(kept)
         manifest = Manifest(
             fingerprint,
-            tuple(sorted(set(requires))),
-            editor,
-            constraint,
-            dict(settings or {}),
-            dict(metrics or {}),
-            {"weightpatch": __version__, "torch": torch.__version__},
-            entries,
-            gates=tuple(sorted(gates or {})),
-            demands=tuple((demand.kind, demand.limit) for demand in demands),
+            requires=tuple(sorted(set(requires))),
+            context=tuple(sorted({*requires, *context})),
+            editor=editor,
+            constraint=constraint,
+            settings=dict(settings or {}),
+            versions={"weightpatch": __version__, "torch": torch.__version__},
+            tensors=entries,
+            gates=_gate_entries(kept, list(readings)),
+            readings=tuple(entry for entry, _ in readings.values()),
         )
-        own = tuple(demand.copy() for demand in demands)
-        patch = cls(operations, manifest, {name: gate.copy() for name, gate in (gates or {}).items()}, own)
+        patch = cls(operations, manifest, kept).annotated(metrics=metrics, demands=demands, unrecorded=unrecorded)
         parse(patch.to_bytes())
+        return patch
+
+    def annotated(
+        self,
+        *,
+        metrics: Mapping[str, Plain] | None = None,
+        demands: Sequence[Demand] | None = None,
+        unrecorded: Sequence[Unrecorded] | None = None,
+    ) -> Patch:
+        """The same change with other evidence beside it; what is None stays. Its id is another one.
+
+        Raises `InvalidInput` for what a patch cannot hold.
+        """
+        evidence = dict(self.manifest.metrics if metrics is None else metrics)
+        check_json("metrics", evidence)
+        own = self.demands if demands is None else tuple(demand.copy() for demand in demands)
+        manifest = replace(
+            self.manifest,
+            metrics=copied(evidence),
+            demands=tuple(demand.entry for demand in own),
+            unrecorded=self.manifest.unrecorded if unrecorded is None else tuple(unrecorded),
+        )
+        patch = replace(self, manifest=manifest, demands=own)
+        patch.id  # noqa: B018 - is found now, so that too large a header is refused now
         return patch
 
     @cached_property
@@ -125,7 +129,8 @@ class Patch:
     @property
     def nbytes(self) -> int:
         """The bytes of what changes the model; the patch's file adds a header, and the demands."""
-        gates = sum(gate.nbytes for gate in self.gates.values())
+        readings = (part for _, reading in _readings(self.gates).values() for part in reading.parts.values())
+        gates = sum(gate.nbytes for gate in self.gates.values()) + sum(part.nbytes for part in readings)
         return gates + sum(operation.nbytes for operation in self.operations.values())
 
     def result(self, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -171,7 +176,7 @@ class Patch:
         files.write(path, encode(self._content)[1])
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Patch":
+    def load(cls, path: str | os.PathLike[str]) -> Patch:
         """Read a patch; raises `PatchDamaged` for whatever is not one intact, `PatchError` for unreadable files."""
         return cls._of(read(path))
 
@@ -180,38 +185,42 @@ class Patch:
         return b"".join(encode(self._content)[1])
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> "Patch":
+    def from_bytes(cls, data: bytes) -> Patch:
         """The patch of a file's bytes; raises `PatchDamaged`."""
         return cls._of(parse(bytearray(data)))
 
     @property
     def _content(self) -> Content:
-        arrays = {}
-        for number, name in enumerate(sorted(self.operations)):
-            for part, tensor in self.operations[name].parts.items():
-                arrays[f"{number:04}.{part}"] = _array(tensor)
-        for number, name in enumerate(sorted(self.gates), len(self.operations)):
-            for part, tensor in self.gates[name].parts.items():
-                arrays[f"{number:04}.{part}"] = _array(tensor)
-        for number, demand in enumerate(self.demands, len(self.operations) + len(self.gates)):
-            arrays |= {f"{number:04}.{part}": _array(getattr(demand, part)) for part in DEMAND}
-        return Content(self.manifest, arrays)
+        parts = [
+            *(self.operations[name].parts for name in sorted(self.operations)),
+            *(_gate_parts(self.gates[name]) for name in sorted(self.gates)),
+            *(reading.parts for _, reading in _readings(self.gates).values()),
+            *(demand.record.tensors for demand in self.demands),
+        ]
+        named = self.manifest.arrays.items()
+        return Content(self.manifest, {name: _array(parts[number][part]) for name, (number, part) in named})
 
     @classmethod
-    def _of(cls, content: Content) -> "Patch":
-        operations: dict[str, Operation] = {}
-        for number, entry in enumerate(content.manifest.tensors):
-            parts = {part: _tensor(content.arrays[f"{number:04}.{part}"]) for part in PARTS[entry.kind]}
-            operations[entry.name] = _KINDS[entry.kind](**parts)
+    def _of(cls, content: Content) -> Patch:
+        manifest = content.manifest
+        parts = iter(
+            {part: _tensor(array) for part, array in arrays.items()} for arrays in by_entry(manifest, content.arrays)
+        )
+        operations = {entry.name: _KINDS[entry.kind](**next(parts)) for entry in manifest.tensors}
+        unread = [next(parts) for _ in manifest.gates]
+        readings = [
+            Reading(entry.layer, entry.pooling, entry.grid, entry.distance, **next(parts))
+            for entry in manifest.readings
+        ]
         gates = {
-            name: Gate(*(_tensor(content.arrays[f"{number:04}.{part}"]) for part in GATE))
-            for number, name in enumerate(content.manifest.gates, len(operations))
+            entry.layer: _gate(own, [readings[number] for number in entry.readings])
+            for entry, own in zip(manifest.gates, unread, strict=True)
         }
         demands = tuple(
-            Demand(kind, limit, *(_tensor(content.arrays[f"{number:04}.{part}"]) for part in DEMAND))
-            for number, (kind, limit) in enumerate(content.manifest.demands, len(operations) + len(gates))
+            Demand(Record(entry.kind, entry.version, next(parts), entry.scalars), entry.before, entry.after)
+            for entry in manifest.demands
         )
-        return cls(operations, content.manifest, gates, demands)
+        return cls(operations, manifest, gates, demands)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Patch) and self.id == other.id
@@ -219,7 +228,7 @@ class Patch:
     def __hash__(self) -> int:
         return hash(self.id)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Patch":
+    def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
         return self  # a value: models that are copied share it
 
     def __repr__(self) -> str:
@@ -257,9 +266,48 @@ def _entry(names: list[str], base: Tensor, operation: Operation) -> Entry:
     return Entry(names[0], operation.kind, tuple(base.shape), dtype, digest(base), digest(made), also)
 
 
+def _readings(gates: Mapping[str, Gate]) -> dict[bytes, tuple[ReadingEntry, Reading]]:
+    """What the gates' keys are compared with, each reading once, by its mark, in the order of their use."""
+    found: dict[bytes, tuple[ReadingEntry, Reading]] = {}
+    for layer in sorted(gates):
+        for lock in gates[layer].locks:
+            entry = _reading_entry(lock.reading, layer)
+            found.setdefault(_mark(entry, lock.reading), (entry, lock.reading))
+    return found
+
+
+def _gate_entries(gates: Mapping[str, Gate], marks: list[bytes]) -> tuple[GateEntry, ...]:
+    pairs = ((layer, [lock.reading for lock in gates[layer].locks]) for layer in sorted(gates))
+    return tuple(
+        GateEntry(layer, tuple(marks.index(_mark(_reading_entry(one, layer), one)) for one in own))
+        for layer, own in pairs
+    )
+
+
+def _reading_entry(reading: Reading, layer: str) -> ReadingEntry:
+    found = (reading.pooling, reading.grid, reading.distance, tuple(reading.parts))
+    return ReadingEntry(reading.layer or layer, *found)
+
+
+def _mark(entry: ReadingEntry, reading: Reading) -> bytes:
+    return mark(entry, {part: _array(tensor) for part, tensor in reading.parts.items()})
+
+
+def _gate_parts(gate: Gate) -> dict[str, Tensor]:
+    more = ({f"keys.{n}": lock.keys, f"radii.{n}": lock.radii} for n, lock in enumerate(gate.also, 1))
+    return {part: tensor for parts in (gate.parts, *more) for part, tensor in parts.items()}
+
+
+def _gate(parts: Mapping[str, Tensor], readings: Sequence[Reading]) -> Gate:
+    also = (Lock(parts[f"keys.{n}"], parts[f"radii.{n}"], one) for n, one in enumerate(readings[1:], 1))
+    return Gate(parts["keys"], parts["radii"], parts["values"], readings[0], tuple(also))
+
+
 def _array(tensor: Tensor) -> Array:
     return Array(_CODES[tensor.dtype], tuple(tensor.shape), as_bytes(tensor))
 
 
 def _tensor(array: Array) -> Tensor:
-    return torch.frombuffer(array.data, dtype=_TYPES[array.code]).reshape(array.shape)
+    if not array.data:
+        return torch.empty(array.shape, dtype=HELD[array.code], device="cpu")
+    return torch.frombuffer(array.data, dtype=HELD[array.code]).reshape(array.shape)
