@@ -8,7 +8,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "weightpatch"
 LAYERS = (
     {"_version", "errors", "_cost"},
-    {"_calling", "gates", "likelihoods", "records"},
+    {"_calling", "bounds", "gates", "likelihoods", "records"},
     {"constraints", "locality"},
     {"network", "patches"},
     {"_terminal", "problem", "remembering"},

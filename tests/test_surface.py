@@ -23,6 +23,7 @@ def test_root_names_are_few_sorted_and_there():
 @pytest.mark.parametrize(
     "module",
     [
+        "bounds",
         "constraints",
         "editors",
         "evaluation",
