@@ -9,7 +9,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "weightpatch"
 LAYERS = (
     {"_version", "errors", "_cost"},
     {"_calling", "bounds", "gates", "likelihoods", "records"},
-    {"constraints", "locality"},
+    {"constraints", "locality", "verdict"},
     {"network", "patches"},
     {"_terminal", "problem", "remembering"},
     {"editors"},

@@ -36,6 +36,7 @@ def test_root_names_are_few_sorted_and_there():
         "tasks.images",
         "tasks.language",
         "training",
+        "verdict",
     ],
 )
 def test_namespaces_have_what_they_say(module: str):
