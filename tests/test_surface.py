@@ -23,6 +23,7 @@ def test_root_names_are_few_sorted_and_there():
 @pytest.mark.parametrize(
     "module",
     [
+        "bounds",
         "constraints",
         "editors",
         "evaluation",
@@ -35,6 +36,7 @@ def test_root_names_are_few_sorted_and_there():
         "tasks.images",
         "tasks.language",
         "training",
+        "verdict",
     ],
 )
 def test_namespaces_have_what_they_say(module: str):

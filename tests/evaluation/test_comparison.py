@@ -4,10 +4,7 @@ import itertools
 import json
 import math
 
-import numpy as np
 import pytest
-import scipy.optimize
-import scipy.stats
 import torch
 import zoo
 from hypothesis import given
@@ -15,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from weightpatch.errors import InvalidInput, ShapeMismatch
-from weightpatch.evaluation._paired import mcnemar, paired_difference
 from weightpatch.evaluation.comparison import Comparison, compare, predict
 
 LOGITS = st.integers(2, 6).flatmap(
@@ -174,67 +170,3 @@ def test_sizes_are_checked():
         predict(nn.Linear(3, 2), torch.zeros(4, 3), 0)
     with pytest.raises(ShapeMismatch, match=r"\(4, 2\) and \(4, 3\)"):
         compare(nn.Linear(3, 2), nn.Linear(3, 3), (torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)))
-
-
-COUNTS = st.integers(1, 400).flatmap(
-    lambda n: st.integers(0, n).flatmap(lambda b: st.tuples(st.just(b), st.integers(0, n - b), st.just(n)))
-)
-
-
-def score_variance(broken: int, repaired: int, n: int, d: float) -> float:
-    """The slow oracle: the likeliest rate of repairs by numerical search, and the variance it gives."""
-
-    def loss(q: float) -> float:
-        terms = ((broken, q + d), (repaired, q), (n - broken - repaired, 1 - 2 * q - d))
-        return -sum(k * math.log(max(p, 1e-300)) for k, p in terms if k)
-
-    low, high = max(0.0, -d), (1 - d) / 2
-    found = scipy.optimize.minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-12})
-    q = min((low, high, found.x), key=loss)
-    return n * (2 * q + d * (1 - d))
-
-
-@pytest.mark.parametrize("counts", [(0, 1, 44), (3, 1, 50), (12, 7, 1000), (9, 9, 20), (25, 4, 60)])
-def test_the_interval_ends_where_the_score_test_begins_to_reject(counts):
-    broken, repaired, n = counts
-    found = paired_difference(*counts)
-    z = scipy.stats.norm.ppf(0.975)
-    for edge in (found.low, found.high):
-        score = (broken - repaired - n * edge) / math.sqrt(score_variance(broken, repaired, n, edge))
-        assert abs(score) == pytest.approx(z, rel=1e-4)
-
-
-@given(COUNTS)
-def test_the_interval_holds_its_value_and_mirrors(counts):
-    broken, repaired, n = counts
-    found, mirror = paired_difference(broken, repaired, n), paired_difference(repaired, broken, n)
-    assert -1 <= found.low <= found.value <= found.high <= 1
-    assert found.value == (broken - repaired) / n
-    assert (found.low, found.high) == pytest.approx((-mirror.high, -mirror.low), abs=1e-9)
-
-
-def test_the_interval_without_a_flip_is_wilsons():
-    z = scipy.stats.norm.ppf(0.975)
-    found = paired_difference(0, 0, 10_000)
-    assert (found.low, found.high) == pytest.approx((-(z**2) / (10_000 + z**2), z**2 / (10_000 + z**2)))
-
-
-def test_the_interval_covers_as_often_as_it_says():
-    random = np.random.default_rng(0)
-    chances = (0.03, 0.01, 0.96)
-    draws = random.multinomial(500, chances, 2000)
-    known = {(b, c): paired_difference(b, c, 500) for b, c in {(int(b), int(c)) for b, c, _ in draws}}
-    covered = np.mean([known[int(b), int(c)].low <= 0.02 <= known[int(b), int(c)].high for b, c, _ in draws])
-    assert 0.935 <= covered <= 0.97
-
-
-@given(st.integers(0, 3000), st.integers(0, 3000))
-def test_mcnemar_is_the_binomial_test(broken, repaired):
-    expected = 1.0 if broken + repaired == 0 else scipy.stats.binomtest(broken, broken + repaired).pvalue
-    assert mcnemar(broken, repaired) == pytest.approx(expected, rel=1e-6, abs=1e-300)
-
-
-@pytest.mark.parametrize("counts", [(-1, 0, 5), (3, 3, 5), (0, 0, 0)])
-def test_impossible_counts_are_refused(counts):
-    with pytest.raises(InvalidInput, match="expected counts"):
-        paired_difference(*counts)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from weightpatch.errors import InvalidInput, ShapeMismatch
-from weightpatch.evaluation.metrics import Estimate, Flips, bootstrap_mean, flips, wilson
+from weightpatch.evaluation.metrics import Estimate, Flips, bootstrap_mean, flips, paired_bootstrap, wilson
 
 
 @given(st.integers(1, 2000), st.floats(0, 1), st.sampled_from([0.8, 0.9, 0.95, 0.99]))
@@ -60,6 +60,25 @@ def test_bootstrap_is_seeded_and_bounded_in_memory(monkeypatch: pytest.MonkeyPat
 def test_bootstrap_of_a_constant_and_of_nothing() -> None:
     assert bootstrap_mean([2.5] * 9) == Estimate(2.5, 2.5, 2.5)
     assert all(math.isnan(v) for v in vars(bootstrap_mean([])).values())
+
+
+def test_a_paired_bootstrap_of_means_is_that_of_differences() -> None:
+    random = np.random.default_rng(0)
+    before = np.column_stack([random.exponential(1.0, 300), np.ones(300)])
+    after = before + np.column_stack([random.normal(0.1, 0.2, 300), np.zeros(300)])
+    found = paired_bootstrap(before, after, lambda sums: sums[0] / sums[1])
+    assert found == paired_bootstrap(before, after, lambda sums: sums[0] / sums[1])
+    alone = bootstrap_mean((after - before)[:, 0].tolist())
+    width = alone.high - alone.low  # what both sides have in common does not widen it
+    assert found.value == pytest.approx(alone.value)
+    assert (found.low, found.high) == pytest.approx((alone.low, alone.high), abs=0.1 * width)
+    assert paired_bootstrap(before, before, max) == Estimate(0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("shapes", [((3, 2), (4, 2)), ((3,), (3,)), ((0, 2), (0, 2))])
+def test_a_paired_bootstrap_refuses_sides_that_do_not_belong_together(shapes: tuple[tuple[int, ...], ...]) -> None:
+    with pytest.raises(ShapeMismatch, match=r"\(n, k\)"):
+        paired_bootstrap(np.zeros(shapes[0]), np.zeros(shapes[1]), max)
 
 
 _CLASSES = st.lists(st.tuples(*[st.integers(0, 3)] * 3), min_size=1, max_size=40)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
@@ -18,6 +20,7 @@ import tiny_text as tiny
 from test_pages import Page, check_self_contained
 
 import weightpatch as wp
+from weightpatch.bounds import paired_difference
 from weightpatch.editors import RMSProp
 from weightpatch.errors import InvalidInput, MissingExtra
 from weightpatch.evaluation import (
@@ -94,7 +97,7 @@ def comparison(**changes):
 def test_the_most_harm_comes_first():
     found = comparison()
     assert found.changed == (0, 3, 2)  # lost, as wrong as before, and won
-    assert found.scores == (50.0, 50.0) and found.drawdown == 0
+    assert found.scores == (50.0, 50.0) and found.drawdown.value == 0
     assert found.loss.value == 0 and found.loss.low < 0 < found.loss.high
     assert found.share.value == 0.75
     bare = comparison(references=None, scoring=None)
@@ -127,6 +130,55 @@ def test_scores_are_those_of_sacrebleu():
     begins = verbatim(begins=True)
     assert begins.whole([" Paris, of course", "Lyon"], ["Paris", "Paris"]) == 50
     assert verbatim().each("Paris, of course", "Paris") == 0
+
+
+WORDS = st.lists(st.lists(st.sampled_from(["abc", "de", "fgh", "."]), max_size=7).map(" ".join), min_size=1, max_size=8)
+
+
+@settings(max_examples=15, deadline=None)
+@given(WORDS, st.randoms(use_true_random=False))
+def test_what_bleu_loses_is_the_difference_of_sacrebleus(before, random):
+    after, references = (random.sample(before, len(before)) for _ in range(2))
+    scoring = translated()
+    found = scoring.lost(before, after, references)
+    assert found.value == scoring.whole(before, references) - scoring.whole(after, references)
+    assert found == scoring.lost(before, after, references) and found.low <= found.high
+    assert scoring.lost(before, before, references).high == 0
+
+
+def test_the_interval_of_bleu_is_that_of_drawing_sentences_anew():
+    import sacrebleu
+
+    random = np.random.default_rng(0)
+    references = [" ".join(random.choice(list("abcdefgh"), 9)) for _ in range(60)]
+    before, after = (
+        [" ".join(w if random.random() > share else "z" for w in reference.split()) for reference in references]
+        for share in (0.1, 0.2)
+    )
+
+    def score(answers, rows):
+        return sacrebleu.corpus_bleu([answers[i] for i in rows], [[references[i] for i in rows]]).score
+
+    draws = [random.integers(0, 60, 60) for _ in range(150)]
+    lost = [score(before, rows) - score(after, rows) for rows in draws]
+    found = translated().lost(before, after, references)
+    low, high = np.quantile(lost, [0.025, 0.975])
+    assert 0 < found.low < found.value < found.high
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.25 * (high - low))
+    assert translated().lost(after, before, references).value == pytest.approx(-found.value)
+
+
+def test_what_accuracy_loses_is_paired():
+    references = ["yes"] * 40
+    found = verbatim().lost(["yes"] * 39 + ["no"], ["yes"] * 35 + ["no"] * 4 + ["yes"], references)
+    assert found == paired_difference(4, 1, 40).scaled(100)
+
+
+def test_the_change_of_a_score_is_told_with_its_interval():
+    lost = comparison(after=("the red cow sat", "a dog", "a bird", "two fish")).drawdown
+    assert lost.value == 25 and lost.low < 0 < lost.high
+    told = str(comparison(after=("the red cow sat", "a dog", "a bird", "two fish")))
+    assert f"accuracy 50.00 -> 25.00 (-25.00 [{-lost.high:+.2f}, {-lost.low:+.2f}])" in told
 
 
 def test_a_missing_sacrebleu_says_what_to_install(monkeypatch):
@@ -191,6 +243,11 @@ def test_the_page_of_an_edit(tmp_path, place):
     changed = facts["comparison"]["changed"]
     assert changed == sum(facts["kinds"].values()) == page.cards > 0
     assert f"{changed} of 8 test answers changed" in page.text and "tok:13a" in page.text
+    assert len(re.findall(r"points \(\s?95 % CI [−+\d]", page.text)) == 2 and set(facts["comparison"]["drawdown"]) == {
+        "value",
+        "low",
+        "high",
+    }
     assert len(page.all("del")) and len(page.all("ins"))
     for heading in ("The mistake", "What else changed", "Costs", "How it was made"):
         assert heading in page.text

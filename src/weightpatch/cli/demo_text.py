@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from ..editing import Edit
     from ..editors import Editor
-    from ..evaluation import SentenceComparison
+    from ..evaluation import Estimate, SentenceComparison
     from ..tasks.text import Seq2Seq
     from ..tasks.translation import Pairs
 
@@ -145,6 +145,7 @@ def _table(found: dict[str, SentenceComparison], n: int) -> Any:
         "changed": lambda c: f"{len(c.changed)}",
         "BLEU before": lambda c: _bleu(c, 0),
         "BLEU after": lambda c: _bleu(c, 1),
+        "BLEU lost, 95 % interval": lambda c: "" if c.drawdown is None else _lost(c.drawdown),
         "drift, nats": lambda c: f"{c.drift:.2g}",
     }
     for title, cell in rows.items():
@@ -154,6 +155,10 @@ def _table(found: dict[str, SentenceComparison], n: int) -> Any:
 
 def _bleu(comparison: SentenceComparison, place: int) -> str:
     return "" if comparison.scores is None else f"{comparison.scores[place]:.2f}"
+
+
+def _lost(estimate: Estimate) -> str:
+    return f"{estimate.value:+.2f} [{estimate.low:+.2f}, {estimate.high:+.2f}]"
 
 
 def _millions(kind: Seq2Seq) -> str:

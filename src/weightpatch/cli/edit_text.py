@@ -90,9 +90,9 @@ class TextGates:
         if self.max_changed is not None and share > self.max_changed:
             found.append(f"{share:.2f} % of the answers changed, above the gate of {self.max_changed:g} %")
         drawdown = comparison.drawdown
-        if self.max_drawdown is not None and drawdown is not None and drawdown > self.max_drawdown:
+        if self.max_drawdown is not None and drawdown is not None and drawdown.value > self.max_drawdown:
             name = "" if comparison.scoring is None else comparison.scoring.name
-            found.append(f"{name} fell by {drawdown:.3f} points, above the gate of {self.max_drawdown:g}")
+            found.append(f"{name} fell by {drawdown.value:.3f} points, above the gate of {self.max_drawdown:g}")
         return found
 
 

@@ -10,6 +10,7 @@ from .protocols import Independent, Protocol, Sequential
 from .report import Checkpoint, Impact, Report, Row, Summary
 from .scoring import Scoring, translated, verbatim
 from .sentences import Answering, SentenceComparison, compare_sentences, patched
+from .slices import counted, slices
 
 __all__ = [
     "Answering",
@@ -31,6 +32,7 @@ __all__ = [
     "compare",
     "compare_sentences",
     "comparison_page",
+    "counted",
     "curve",
     "edit_page",
     "evaluate",
@@ -39,6 +41,7 @@ __all__ = [
     "predict",
     "sentence_comparison_page",
     "sentence_page",
+    "slices",
     "translated",
     "verbatim",
 ]

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
+from ..bounds import Estimate, paired_difference
 from ..errors import MissingExtra
+from .metrics import paired_bootstrap
 
 __all__ = ["Scoring", "translated", "verbatim"]
 
@@ -19,6 +21,8 @@ class Scoring:
     Args:
         name: of the score of all, such as BLEU.
         whole: returns it for n answers and n references.
+        lost: returns how much of it is lost, with a paired 95 % interval, for n answers before, n answers after and n
+            references.
         part: of the score of each, such as chrF.
         each: returns it for one answer and its reference.
         signature: what it takes to compute the same scores elsewhere.
@@ -26,6 +30,7 @@ class Scoring:
 
     name: str
     whole: Callable[[Sequence[str], Sequence[str]], float]
+    lost: Callable[[Sequence[str], Sequence[str], Sequence[str]], Estimate]
     part: str
     each: Callable[[str, str], float]
     signature: str = ""
@@ -33,6 +38,8 @@ class Scoring:
 
 def translated() -> Scoring:
     """Return BLEU of all answers and chrF2 of each, as sacreBLEU computes them unless told otherwise.
+
+    The interval of what BLEU lost is that of a paired bootstrap over sentences, 1,000 seeded draws (Koehn 2004).
 
     Raises:
         MissingExtra: sacrebleu is not installed.
@@ -45,7 +52,7 @@ def translated() -> Scoring:
     for metric in (bleu, chrf):
         metric.corpus_score(["a"], [["a"]])  # the signature counts the references of the last score
     signature = f"BLEU {bleu.get_signature()}; chrF2 {chrf.get_signature()}"
-    return Scoring("BLEU", _of_corpus(bleu), "chrF", _of_sentence(chrf), signature)
+    return Scoring("BLEU", _of_corpus(bleu), _bleu_lost, "chrF", _of_sentence(chrf), signature)
 
 
 def verbatim(*, begins: bool = False) -> Scoring:
@@ -62,7 +69,13 @@ def verbatim(*, begins: bool = False) -> Scoring:
     def whole(answers: Sequence[str], references: Sequence[str]) -> float:
         return sum(right(*pair) for pair in zip(answers, references, strict=True)) / len(answers)
 
-    return Scoring("accuracy", whole, "accuracy", right, "begins with the reference" if begins else "is the reference")
+    def lost(before: Sequence[str], after: Sequence[str], references: Sequence[str]) -> Estimate:
+        pairs = [(right(b, r), right(a, r)) for b, a, r in zip(before, after, references, strict=True)]
+        return paired_difference(sum(b > a for b, a in pairs), sum(b < a for b, a in pairs), len(pairs)).scaled(100)
+
+    return Scoring(
+        "accuracy", whole, lost, "accuracy", right, "begins with the reference" if begins else "is the reference"
+    )
 
 
 def _of_corpus(metric: Any) -> Callable[[Sequence[str], Sequence[str]], float]:
@@ -71,3 +84,24 @@ def _of_corpus(metric: Any) -> Callable[[Sequence[str], Sequence[str]], float]:
 
 def _of_sentence(metric: Any) -> Callable[[str, str], float]:
     return lambda answer, reference: float(metric.sentence_score(answer, [reference]).score)
+
+
+def _bleu_lost(before: Sequence[str], after: Sequence[str], references: Sequence[str]) -> Estimate:
+    from sacrebleu import BLEU
+
+    single = BLEU(effective_order=True)  # of one sentence; its counts are those of any order
+
+    def counts(answer: str, reference: str) -> list[int]:
+        found = single.sentence_score(answer, [reference])
+        return [found.sys_len, found.ref_len, *found.counts, *found.totals]
+
+    def figure(sums: Sequence[float]) -> float:
+        length, wanted, *numbers = (round(number) for number in sums)
+        half = len(numbers) // 2  # smoothed as `corpus_score` does
+        return float(BLEU.compute_bleu(numbers[:half], numbers[half:], length, wanted, smooth_method="exp").score)
+
+    first = [counts(*pair) for pair in zip(before, references, strict=True)]
+    second = [
+        first[row] if answer == before[row] else counts(answer, references[row]) for row, answer in enumerate(after)
+    ]
+    return paired_bootstrap(second, first, figure)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Protocol, final
 
@@ -111,10 +111,12 @@ class SentenceComparison:
         before = self.scoring.whole(self.before, self.references)
         return before, self.scoring.whole(self.after, self.references) if self.changed else before
 
-    @property
-    def drawdown(self) -> float | None:
-        """The loss of the score of all answers, in its own points; None without references."""
-        return None if self.scores is None else self.scores[0] - self.scores[1]
+    @cached_property
+    def drawdown(self) -> Estimate | None:
+        """The loss of the score of all answers, in its points, with a paired 95 % interval; None without references."""
+        if self.scoring is None or self.references is None:
+            return None
+        return self.scoring.lost(self.before, self.after, self.references)
 
     @cached_property
     def loss(self) -> Estimate | None:
@@ -126,22 +128,22 @@ class SentenceComparison:
 
     def __str__(self) -> str:
         told = f"{len(self.changed)} of {self.n} answers changed ({100 * self.share.value:.2f} %), "
-        if self.scores is not None and self.scoring is not None:
-            told += f"{self.scoring.name} {self.scores[0]:.2f} -> {self.scores[1]:.2f}, "
+        if self.scores is not None and self.scoring is not None and self.drawdown is not None:
+            told += f"{self.scoring.name} {self.scores[0]:.2f} -> {self.scores[1]:.2f} ({_change(self.drawdown)}), "
         return told + f"drift {self.drift:.2g} nats"
 
     def to_json(self) -> dict[str, Any]:
         """Return every number, and the texts of the rows that changed."""
-        loss, scoring = self.loss, self.scoring
+        loss, lost, scoring = self.loss, self.drawdown, self.scoring
         return {
             "n": self.n,
             "changed": len(self.changed),
-            "share": {"value": self.share.value, "low": self.share.low, "high": self.share.high},
+            "share": asdict(self.share),
             "drift": self.drift,
             "scoring": None if scoring is None else {"name": scoring.name, "signature": scoring.signature},
             "scores": None if self.scores is None else {"before": self.scores[0], "after": self.scores[1]},
-            "drawdown": self.drawdown,
-            "loss": None if loss is None else {"value": loss.value, "low": loss.low, "high": loss.high},
+            "drawdown": None if lost is None else asdict(lost),
+            "loss": None if loss is None else asdict(loss),
             "rows": [self._row(i) for i in self.changed],
         }
 
@@ -198,6 +200,12 @@ def patched(model: nn.Module, patch: Patch | None) -> nn.Module:
             own.data = own.detach().clone()
         patch.apply(clone)
     return clone
+
+
+def _change(lost: Estimate) -> str:
+    """Return a loss as a change, with its interval."""
+    value, low, high = (0.0 - edge for edge in (lost.value, lost.high, lost.low))
+    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def _divergences(kind: Answering, other: nn.Module, texts: Sequence[str], answers: Sequence[Tensor]) -> Any:
