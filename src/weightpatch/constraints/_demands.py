@@ -266,7 +266,9 @@ def altered(constraint: Constraint, make: Callable[[Any], Any]) -> Constraint:
     Raises:
         InvalidInput: a constraint of another kind, or `make` returned another number of items (`ShapeMismatch`).
 
-    >>> wp.edit(model, fix & altered(fix, weightpatch.tasks.images.altered))
+    >>> from weightpatch.tasks.images import shifts
+    >>> wp.edit(model, fix & altered(fix, shifts))
+    Edit(satisfied, ...)
     """
     if isinstance(constraint, All):
         return All(tuple(altered(part, make) for part in constraint.parts))
