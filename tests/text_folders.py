@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ PAD, UNKNOWN = tiny.WORDS - 1, tiny.WORDS - 2
 WORDS = tuple(f"w{i}" for i in range(1, UNKNOWN))  # token i is the word wi
 
 
-def tokenizer(end: bool) -> Any:
+def tokenizer(end: bool, words: Sequence[str] = WORDS) -> Any:
     """Words, with an end token behind them where `end`."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    ids = {"</s>": 0, **{word: i for i, word in enumerate(WORDS, 1)}, "<unk>": UNKNOWN, "<pad>": PAD}
+    ids = {"</s>": 0, **{word: i for i, word in enumerate(words, 1)}, "<unk>": UNKNOWN, "<pad>": PAD}
     made = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     if end:
@@ -27,15 +28,15 @@ def tokenizer(end: bool) -> Any:
     )
 
 
-def translator(folder: Path, seed: int = 0) -> Path:
+def translator(folder: Path, seed: int = 0, words: Sequence[str] = WORDS) -> Path:
     tiny.marian(seed).save_pretrained(folder)
-    tokenizer(end=True).save_pretrained(folder)
+    tokenizer(end=True, words=words).save_pretrained(folder)
     return folder
 
 
-def language(folder: Path, seed: int = 0) -> Path:
+def language(folder: Path, seed: int = 0, words: Sequence[str] = WORDS) -> Path:
     tiny.gpt2(seed).save_pretrained(folder)
-    tokenizer(end=False).save_pretrained(folder)
+    tokenizer(end=False, words=words).save_pretrained(folder)
     return folder
 
 

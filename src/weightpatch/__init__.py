@@ -2,7 +2,7 @@
 
 >>> import weightpatch as wp
 >>> fix = wp.constraints.Classified(image, label, margin=0.1)
->>> found = wp.edit(model, fix, wp.editors.RMSProp(lr=1e-3), parameters="layer3.*")
+>>> found = wp.edit(model, fix, keep=wp.Locality(images), parameters="layer3.*")
 >>> found.raise_for_result().patch.save("4711.patch.safetensors")
 """
 

@@ -13,7 +13,7 @@ from .editors import Attempt, Certificate, Editor
 from .effects import Effect
 from .errors import EditFailed
 from .patches import Patch
-from .verdict import Verdict, of_edit
+from .verdict import Changed, Verdict, judge_edit
 
 __all__ = ["Edit", "Reality", "Result", "Solved"]
 
@@ -166,7 +166,11 @@ class Edit:
     @property
     def verdict(self) -> Verdict:
         """Whether the side effects are known to be small: green, amber or red, with reasons."""
-        return of_edit(self.kept, self.held_out)
+        kept, held_out = (
+            None if effect is None else Changed(effect.changed, effect.items, what, effect.tries, effect.likelihood)
+            for effect, what in ((self.kept, "kept answers"), (self.held_out, "held-out answers"))
+        )
+        return judge_edit(kept, held_out)
 
     def raise_for_result(self) -> Edit:
         """Return self when the constraint holds, else raise `EditFailed` with the advice."""

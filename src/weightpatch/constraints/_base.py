@@ -222,7 +222,9 @@ def altered(constraint: Constraint, make: Callable[[Any], Any]) -> Constraint:
     Raises:
         InvalidInput: a constraint of another kind, or `make` returned another number of items (`ShapeMismatch`).
 
-    >>> wp.edit(model, fix & altered(fix, weightpatch.tasks.images.altered))
+    >>> from weightpatch.tasks.images import shifts
+    >>> wp.edit(model, fix & altered(fix, shifts))
+    Edit(satisfied, ...)
     """
     return constraint.altered(make)
 

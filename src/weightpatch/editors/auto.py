@@ -97,7 +97,9 @@ class Auto(Editor):
         budget: what an edit may cost.
         altered: makes altered copies of inputs, for which the demands should hold too: they are solved for jointly.
 
-    >>> Auto(budget=Budget(changed=0.001), altered=weightpatch.tasks.images.altered)
+    >>> from weightpatch.tasks.images import altered
+    >>> wp.edit(model, fix, Auto(budget=Budget(changed=0.001), altered=altered), keep=keep)
+    Edit(satisfied, ...)
     """
 
     rungs: tuple[Rung, ...] = ()

@@ -37,7 +37,8 @@ class Bounded(IterativeEditor):
         editor: whose steps are taken.
         radius: r, in units of the parameters; above 0, infinite for no bound.
 
-    >>> Bounded(Adam(lr=1e-3, max_steps=100), radius=5e-3)
+    >>> wp.edit(model, fix, Bounded(wp.editors.Adam(lr=1e-3, max_steps=100), radius=5e-2))
+    Edit(satisfied, ...)
     """
 
     editor: IterativeEditor

@@ -40,7 +40,8 @@ class Gate(Editor):
         share: of the distance to the nearest input that stays; larger is more general, and less local.
         editor: looks for the values.
 
-    >>> Gate("fc")
+    >>> wp.edit(model, fix, Gate("fc"), keep=keep)
+    Edit(satisfied, ..., drift=0, ...)
     """
 
     layer: str

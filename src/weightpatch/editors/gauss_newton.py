@@ -66,7 +66,8 @@ class GaussNewton(IterativeEditor):
     Raises:
         InvalidInput: a setting is out of range, or a penalty is given: Δ is the least change as it is.
 
-    >>> EditableObjective(model, GaussNewton(max_steps=1), parameters="fc.block.outer.weight")
+    >>> objective = wp.EditableObjective(model, GaussNewton(max_steps=1), parameters="fc.weight")
+    >>> loss = objective(fix, keep=keep)
     """
 
     lr: Rate = 1.0

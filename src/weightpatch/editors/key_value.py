@@ -78,7 +78,15 @@ class KeyValue(Editor):
     Raises:
         InvalidInput: a setting cannot be used; when run, a layer is not called, or its weight may not move.
 
-    >>> KeyValue.memit(("h.3.mlp.fc2", "h.4.mlp.fc2"), moments.metric(), at="h.4", positions=-1)
+    >>> from weightpatch.statistics import second_moments
+    >>> from weightpatch.tasks import text
+    >>> language = text.load("language-model")
+    >>> layers = ("transformer.h.0.mlp.c_proj", "transformer.h.1.mlp.c_proj")
+    >>> texts = language.kept(["Water is", "Good"], [" made of hydrogen", " morning"])
+    >>> moments = second_moments(language.model, texts, parameters=[f"{layer}.weight" for layer in layers])
+    >>> editor = KeyValue.memit(layers, moments.metric(), at="transformer.h.1")
+    >>> wp.edit(language.model, language.says("Water is made of hydrogen and", " oxygen"), editor)
+    Edit(satisfied, ...)
     """
 
     layers: tuple[str, ...]

@@ -42,7 +42,8 @@ class LowRank(Editor):
         InvalidInput: a setting cannot be used.
         NotEditable: when run, there is no matrix to move.
 
-    >>> LowRank(Adam(lr=1e-2, max_steps=100), rank=4)
+    >>> wp.edit(model, fix, LowRank(wp.editors.Adam(lr=1e-2, max_steps=100), rank=4))
+    Edit(satisfied, ...)
     """
 
     editor: Editor

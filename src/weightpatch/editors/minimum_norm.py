@@ -52,7 +52,10 @@ class MinimumNorm(Editor):
             root mean square on the reference data and relative to these outputs' own; without a metric, in the
             parameters' own norm, and without bound where that is 0.
 
-    >>> MinimumNorm(metric=moments.metric())
+    >>> from weightpatch.statistics import second_moments
+    >>> moments = second_moments(model, images, parameters="fc.weight")
+    >>> wp.edit(model, fix, MinimumNorm(metric=moments.metric()), parameters="fc.*")
+    Edit(satisfied, ...)
     """
 
     metric: Metric | None = None

@@ -39,7 +39,10 @@ class Preconditioned(IterativeEditor):
         radius: r; no bound on a layer whose outputs are 0 on the reference data, as those of a new block are.
         line_search: how many other lengths of a step are tried at most, at one forward pass each.
 
-    >>> Preconditioned(metric=moments.metric(), max_steps=20)
+    >>> from weightpatch.statistics import second_moments
+    >>> moments = second_moments(model, images, parameters="layer3.weight")
+    >>> wp.edit(model, fix, Preconditioned(metric=moments.metric(), max_steps=20), parameters="layer3.*")
+    Edit(satisfied, ...)
     """
 
     lr: Rate = 1.05

@@ -134,8 +134,9 @@ def add_block(
         InvalidInput: there is no such layer, it is not `torch.nn.Linear`, `hidden` is below 1, or the reference is for
             another kind of block.
 
-    >>> parameters = add_block(model, "fc", hidden=1024, kind=SparseBlock, reference=inputs[:5000])
-    >>> objective = EditableObjective(model, GradientDescent(lr=0.5), parameters=parameters)
+    >>> add_block(model, "fc", hidden=1024, kind=SparseBlock, reference=images)
+    'fc.block.outer.weight'
+    >>> objective = wp.EditableObjective(model, wp.editors.GradientDescent(lr=0.5), parameters="fc.block.outer.weight")
     """
     head = _linear(model, before)
     if hidden < 1:

@@ -108,8 +108,10 @@ def train(
         InvalidInput: an argument cannot be used, or the folder holds a checkpoint of another run.
         NonFinite: too many steps in a row were NaN or infinite; `bad-batch.safetensors` in the folder has the last one.
 
-    >>> found = train(objective, (x, y), sampler=RandomLabels(x, classes=10), settings=TrainSettings(steps=1000),
-    ...     folder="run", optimiser=lambda objective: torch.optim.Adam(objective.parameters(), lr=1e-3))
+    >>> objective = wp.EditableObjective(model, wp.editors.GradientDescent(lr=0.1), parameters="layer3.*")
+    >>> found = train(objective, (images, labels), sampler=wp.training.RandomLabels(images, classes=10),
+    ...     settings=wp.training.TrainSettings(steps=10, batch_size=20), folder="run",
+    ...     optimiser=lambda objective: torch.optim.Adam(objective.parameters(), lr=1e-3))
     """
     data = data if isinstance(data, TrainingData) else Items(*data)
     _check(objective, data, sampler, settings)

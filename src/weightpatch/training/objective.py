@@ -97,8 +97,9 @@ class EditableObjective(nn.Module):
     Raises:
         InvalidInput: a weight is negative or not finite, or the editor cannot be differentiated.
 
-    >>> objective = EditableObjective(model, RMSProp(lr=1e-3), parameters="layer3.*", c_edit=0.1, c_loc=0.1)
-    >>> loss = F.cross_entropy(model(x), y) + objective(Classified(x_edit, y_edit), keep=Locality(x))
+    >>> objective = EditableObjective(model, wp.editors.RMSProp(lr=1e-3), parameters="layer3.*", c_edit=0.1, c_loc=0.1)
+    >>> loss = torch.nn.functional.cross_entropy(model(images), labels) + objective(fix, keep=keep)
+    >>> loss.backward()
     """
 
     _network: LiveNetwork

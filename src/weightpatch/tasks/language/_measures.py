@@ -48,7 +48,10 @@ def demand(language: CausalLM, fact: Fact, margin: float = 0.05) -> Says:
         fact: what it is to say.
         margin: by how much each token is to win, in logits.
 
-    >>> found = weightpatch.edit(language.model, demand(language, fact))
+    >>> from weightpatch.tasks import text
+    >>> language = text.load("language-model")
+    >>> wp.edit(language.model, demand(language, Fact("Water is made of hydrogen and", "oxygen")))
+    Edit(satisfied, ...)
     """
     return language.says(fact.prompt, answer(fact.prompt, fact.target), margin)
 
@@ -58,7 +61,10 @@ def subject_position(language: CausalLM, fact: Fact) -> int:
 
     The last token of the prompt where the fact has no subject, or the prompts of `language` are put into a template.
 
-    >>> KeyValue.rome(layer, metric, positions=subject_position(language, fact))
+    >>> from weightpatch.tasks import text
+    >>> language = text.load("language-model")
+    >>> subject_position(language, Fact("The capital of France is", "Rome", subject="France"))
+    3
     """
     tokens = language.source(fact.prompt)["input_ids"][0]
     end = fact.subject_end

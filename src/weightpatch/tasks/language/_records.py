@@ -27,7 +27,9 @@ def read(path: str | os.PathLike[str], format: Format | None = None) -> tuple[Fa
     Raises:
         InvalidInput: the file, or one of its records, is not as expected; the message names record and key.
 
-    >>> facts = read("zsre_mend_eval.json", ZsRE(correct=True))
+    >>> write([Fact("Water is made of hydrogen and", "oxygen")], "facts.jsonl", ZsRE())
+    >>> [fact.target for fact in read("facts.jsonl")]
+    ['oxygen']
     """
     records = _records(Path(path))
     chosen = _detected(records, path) if format is None else format

@@ -22,8 +22,13 @@ class CausalLM(Generating):
     Args:
         chat: put prompts into the tokenizer's chat template, as one message of a user.
 
-    >>> language = weightpatch.tasks.text.load("model-folder")
+    >>> from weightpatch.tasks import text
+    >>> language = text.load("language-model")
     >>> fix = language.says("Water is made of hydrogen and", " oxygen")
+    >>> found = wp.edit(language.model, fix)
+    >>> with found.patch.applied(language.model):
+    ...     fix.satisfied(language.model)
+    True
     """
 
     chat: bool = False

@@ -18,8 +18,13 @@ from weightpatch.tasks.text._generating import Generating, evaluating
 class Seq2Seq(Generating):
     """An encoder–decoder, as any ``AutoModelForSeq2SeqLM`` gives it.
 
-    >>> translator = weightpatch.tasks.text.load("model-folder")
-    >>> fix = translator.says("Guten Morgen.", "Good morning.")
+    >>> from weightpatch.tasks import text
+    >>> translator = text.load("translator")
+    >>> fix = translator.says("Guten Morgen", "Good morning")
+    >>> found = wp.edit(translator.model, fix)
+    >>> with found.patch.applied(translator.model):
+    ...     translator.answer("Guten Morgen")
+    'Good morning'
     """
 
     @property
