@@ -11,7 +11,7 @@ LAYERS = (
     {"_calling", "gates", "likelihoods", "records"},
     {"constraints", "locality"},
     {"network", "patches"},
-    {"_terminal", "problem", "remembering"},
+    {"_identity", "_terminal", "problem", "remembering"},
     {"editors"},
     {"statistics"},
     {"preparing"},
