@@ -13,7 +13,7 @@ LAYERS = (
     {"constraints", "effects"},
     {"locality", "verdict"},
     {"network", "patches"},
-    {"_terminal", "problem", "remembering"},
+    {"_identity", "_terminal", "problem", "remembering"},
     {"editors"},
     {"statistics"},
     {"preparing"},

@@ -368,7 +368,7 @@ def test_what_cannot_be_remembered_says_so():
     with pytest.warns(UserWarning, match="does not remember its demand Forgetful"):
         found = wp.edit(model, Forgetful(X[:1]), RMSProp(lr=1e-2, max_steps=300))
     assert found.patch.demands == ()
-    assert [one.kind for one in found.patch.unrecorded] == ["Forgetful"]
+    assert [one.kind for one in found.patch.manifest.unrecorded] == ["Forgetful"]
     found.patch.apply(model)
     with pytest.warns(UserWarning, match="not checked: the demand Forgetful of patch"):
         wp.edit(model, second(model, X[1:2]), MinimumNorm())

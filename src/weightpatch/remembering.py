@@ -43,7 +43,7 @@ def recalled(model: nn.Module, constraint: Constraint, device: torch.device) -> 
     earlier: list[Constraint] = []
     unchecked: list[str] = []
     for patch in applied(model):
-        unchecked += [f"{one.kind} of patch {patch.id[:12]}: {one.reason}" for one in patch.unrecorded]
+        unchecked += [f"{one.kind} of patch {patch.id[:12]}: {one.reason}" for one in patch.manifest.unrecorded]
         for demand in patch.demands:
             found = restored(_on(demand.record, device))
             if found is None:

@@ -266,6 +266,27 @@ def test_a_report_says_what_a_plain_loop_finds(name, tmp_path):
     assert json.loads(lines[0])["base_score"] == 100
 
 
+def test_a_run_that_reads_the_same_is_another_one(tmp_path):
+    kind = made("translator")
+
+    def scoring(by):
+        return lambda ours, right: by * same(ours, right)
+
+    def go(**changes):
+        told = {"texts": TEXTS, "references": TEXTS, "score": scoring(1), "parameters": LAST["translator"]}
+        edits = [kind.says(TEXTS[0], torch.tensor([5, 6]))]
+        return text.evaluate(kind, edits, RMSProp(max_steps=2), **{**told, **changes}, results=tmp_path / "rows.jsonl")
+
+    first = go()
+    for change, says in (({"score": scoring(2)}, "score is "), ({"keep": kind.kept(TEXTS[4:])}, "keep is None there")):
+        with pytest.raises(InvalidInput, match=says):
+            go(**change)
+    assert go() == first
+    kind.model.generation_config.no_repeat_ngram_size = 2
+    with pytest.raises(InvalidInput, match="generation.no_repeat_ngram_size is"):
+        go()
+
+
 def test_a_gate_edits_a_sequence_model(name):
     kind = made(name)
     layer = LAST[name].removesuffix(".*")

@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,14 @@ import torch
 from torch import Tensor, nn
 
 import weightpatch as wp
+from weightpatch import statistics
 from weightpatch.constraints import Classified
-from weightpatch.editors import RMSProp
+from weightpatch.editors import Auto, Editor, Metric, MinimumNorm, RMSProp, Rung
 from weightpatch.evaluation import Independent, Protocol, Report, Sequential
 from weightpatch.evaluation.log import Log
 
 EDITOR = RMSProp(lr=2e-2, max_steps=5)
+KEPT = torch.randn(7, 4, generator=torch.Generator().manual_seed(9)), torch.ones(7, dtype=torch.bool)
 
 
 def net() -> nn.Module:
@@ -83,11 +87,11 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("protocol", PROTOCOLS, ids=repr)
 def test_an_error_in_the_middle(protocol: Protocol, tmp_path: Path) -> None:
-    class Stumbling(wp.constraints.Constraint):
-        stumbles = True
+    mended = tmp_path / "mended"
 
+    class Stumbling(wp.constraints.Constraint):
         def violation(self, function: Any) -> Tensor:
-            if self.stumbles:
+            if not mended.exists():
                 raise KeyboardInterrupt
             return edits()[4].violation(function)
 
@@ -96,7 +100,7 @@ def test_an_error_in_the_middle(protocol: Protocol, tmp_path: Path) -> None:
         run(tmp_path / "x.jsonl", protocol, edits=stumbling)
     rows = [line for line in (tmp_path / "x.jsonl").read_text().splitlines() if "row" in line]
     assert len(rows) == 4
-    Stumbling.stumbles = False
+    mended.touch()
     assert same(run(tmp_path / "x.jsonl", protocol, edits=stumbling), run(None, protocol))
 
 
@@ -132,11 +136,11 @@ OTHERS: list[tuple[dict[str, Any], str]] = [
     ({"model": nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 4))}, "model is"),
     ({"edits": edits()[:7]}, "edits is"),
     ({"edits": [*edits()[:7], Classified(edits()[7].inputs, edits()[7].labels, margin=0.1)]}, "edits is"),
-    ({"editor": RMSProp(lr=1e-2)}, "editor is 'RMSProp"),
+    ({"editor": RMSProp(lr=1e-2, max_steps=5)}, "editor.lr is 0.02 there and 0.01 now"),
     ({"test": data(50, 3)}, "test is"),
     ({"keep": wp.Locality(data(3, 3)[0])}, "keep is None there"),
     ({"altered": torch.neg}, "altered is None there and '_VariableFunctionsClass.neg"),
-    ({"protocol": Sequential()}, "protocol is 'Independent"),
+    ({"protocol": Sequential()}, "protocol is Independent"),
 ]
 
 
@@ -150,6 +154,65 @@ def test_another_run_is_refused(changes: dict[str, Any], says: str, tmp_path: Pa
         run(tmp_path / "x.jsonl", **changes)
     assert says in str(caught.value)
     assert (tmp_path / "x.jsonl").read_bytes() == before
+
+
+def metric(seed: int) -> Metric:
+    return statistics.second_moments(net(), data(30, seed)[0]).metric()
+
+
+def shifted(by: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: x + by
+
+
+def climbing(editor: Editor) -> Auto:
+    return Auto((Rung("the only one", editor),))
+
+
+UNBOUND, BOUND = wp.Locality(*KEPT), wp.Locality(*KEPT, net()(KEPT[0]).detach())
+WORDS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "metrics": (
+        {"editor": MinimumNorm(metric=metric(5))},
+        {"editor": MinimumNorm(metric=metric(6))},
+        "editor.metric.layers.0.weight.second is ",
+    ),
+    "rungs": (
+        {"editor": climbing(RMSProp(lr=1e-2))},
+        {"editor": climbing(RMSProp(lr=2e-2))},
+        "rungs[0].editor.lr is 0.01",
+    ),
+    "altered": ({"altered": shifted(0.1)}, {"altered": shifted(0.2)}, "altered is "),
+    "models": ({"model": nn.Sequential(*net(), nn.Tanh())}, {"model": nn.Sequential(*net(), nn.ReLU())}, "model is "),
+    "localities": (
+        {"keep": wp.Locality(*KEPT, None)},
+        {"keep": wp.Locality(*KEPT, net()(KEPT[0]))},
+        "keep.answers is None",
+    ),
+}
+
+
+@pytest.mark.parametrize(("one", "two", "says"), WORDS.values(), ids=WORDS)
+def test_a_run_that_reads_the_same_is_another_one(
+    one: dict[str, Any], two: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    first = run(tmp_path / "x.jsonl", **one)
+    with pytest.raises(wp.errors.InvalidInput, match="another run") as caught:
+        run(tmp_path / "x.jsonl", **two)
+    assert says in str(caught.value)
+    assert run(tmp_path / "x.jsonl", **one).rows == first.rows
+
+
+def test_what_cannot_be_told_apart_is_not_continued(tmp_path: Path) -> None:
+    lock = threading.Lock()
+
+    def locked(x: Tensor) -> Tensor:
+        with lock:
+            return x
+
+    whole = run(tmp_path / "x.jsonl", altered=locked)
+    assert same(run(None, altered=locked), whole)
+    with pytest.raises(wp.errors.InvalidInput, match="altered cannot be told apart.* lock") as caught:
+        run(tmp_path / "x.jsonl", altered=locked)
+    assert "Name another file" in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"hello\nworld\n", b"[1]\n", b"{}\n{}}\n", b"\x89PNG\r\n\x1a\n\n"])

@@ -322,6 +322,25 @@ def test_a_run_that_was_stopped_continues(tmp_path):
             evaluate_facts(kind, FACTS, EDITOR, **{**told, **change}, results=path)
 
 
+def test_a_run_that_reads_the_same_is_another_one(tmp_path):
+    kind, told = model(), {"sizes": {1: 1}, "parameters": f"{LAYER}.*"}
+
+    def making(lr):
+        return lambda facts: RMSProp(lr=1e-2 if facts == FACTS[:1] else lr, max_steps=3)
+
+    keep = kind.kept(["9 8", "7 6 5 4"])
+    fewer = replace(keep, mask=keep.mask & (torch.arange(keep.mask.shape[1]) < 2))
+    for name, one, two, says in (
+        ("makes", {"editor": making(1e-2)}, {"editor": making(2e-2)}, "editor is "),
+        ("keep", {"editor": EDITOR, "keep": keep}, {"editor": EDITOR, "keep": fewer}, "keep.mask is "),
+    ):
+        first = evaluate_facts(kind, FACTS, **one, **told, results=tmp_path / name)
+        with pytest.raises(InvalidInput, match="another run") as caught:
+            evaluate_facts(kind, FACTS, **two, **told, results=tmp_path / name)
+        assert says in str(caught.value)
+        assert evaluate_facts(kind, FACTS, **one, **told, results=tmp_path / name).rows == first.rows
+
+
 def test_what_was_measured_before_is_taken_where_it_fits():
     kind = model()
     before = unedited(kind, FACTS, held_out=HELD_OUT, tokens=6, continuation=8)

@@ -19,7 +19,17 @@ from torch import Tensor, nn
 
 from weightpatch.editors import RMSProp
 from weightpatch.errors import InvalidInput
-from weightpatch.training import EditableObjective, Items, Mistakes, Ramp, Trained, TrainSettings, Validation, train
+from weightpatch.training import (
+    EditableObjective,
+    Items,
+    Mistakes,
+    Ramp,
+    Trained,
+    TrainSettings,
+    Validation,
+    checkpoints,
+    train,
+)
 
 pytest.importorskip("accelerate")
 STEPS = 12
@@ -72,7 +82,8 @@ def deadly(self, step):
 Stepper._backward = deadly
 t.go(Path({str(folder)!r}), {kind!r})
 """
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    sources = Path(checkpoints.__file__).parents[2]
+    path = os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1], sources)))
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
 
@@ -152,12 +163,15 @@ def test_the_last_two_are_kept_and_only_the_best_weights(whole: tuple[Path, Trai
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        ({"settings": replace(SETTINGS, seed=1)}, "settings.seed is 1, there 0"),
-        ({"settings": replace(SETTINGS, k=Ramp(1, 2, 8))}, r"settings.k is Ramp\(start=1, end=2, steps=8\)"),
-        ({"optimiser": lambda o: torch.optim.SGD(o.parameters(), lr=1e-2, momentum=0.9)}, "optimiser is SGD.*Adam"),
-        ({"schedule": None}, "schedule is none, there OneCycleLR"),
-        ({"validation": None}, "validation is None"),
-        ({"kind": "resnet", "schedule": None}, "model is TinyResNet"),
+        ({"settings": replace(SETTINGS, seed=1)}, "settings.seed is 0 there and 1 now"),
+        ({"settings": replace(SETTINGS, k=Ramp(1, 2, 8))}, "settings.k.end is 3 there and 2 now"),
+        (
+            {"optimiser": lambda o: torch.optim.SGD(o.parameters(), lr=1e-2, momentum=0.9)},
+            r"optimiser.is is .Adam. there and .SGD. now",
+        ),
+        ({"schedule": None}, r"schedule is OneCycleLR\(...\) there and None"),
+        ({"validation": None}, r"validation is Validation\(...\) there and None"),
+        ({"kind": "resnet", "schedule": None}, "model is '.*' there and 'TinyResNet"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(
@@ -169,7 +183,7 @@ def test_a_checkpoint_of_another_run_is_refused(
 
 def test_other_data_is_another_run(whole: tuple[Path, Trained, nn.Module]):
     objective, x, y = build()
-    with pytest.raises(InvalidInput, match="data is .*there"):
+    with pytest.raises(InvalidInput, match="data.inputs is .*there"):
         train(
             objective,
             (x + 1, y),

@@ -53,7 +53,7 @@ class LayerMetric:
     fisher: Tensor | None = None
     output_shrinkage: float = 0.01
     transposed: bool = False
-    _made: dict[Any, Tensor] = field(default_factory=dict, repr=False)
+    _made: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def inverse(self, like: Tensor, *, with_weight: bool = True, with_bias: bool = True) -> Tensor:
         """Return C⁻¹, (groups, d, d), for the inputs of the parts that are edited, in the dtype of `like`."""

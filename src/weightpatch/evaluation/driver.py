@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .._calling import check_batch
+from .._identity import identity
 from .._terminal import bar
 from ..constraints import Constraint
 from ..editing import Result
@@ -17,18 +18,17 @@ from ..editors import Editor
 from ..errors import InvalidInput
 from ..locality import Locality
 from ..network import Network, check_finite
-from ..patches import fingerprint
 from ..preparing import prepared
 from .bench import Bench
 from .comparison import TestSet, check_labels
-from .log import Log, digest
+from .log import Log
 from .predictor import FastPredictor
 from .protocols import Independent, Protocol
 from .report import Report, Row
 
 __all__ = ["evaluate"]
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 def evaluate(
@@ -73,13 +73,13 @@ def evaluate(
     inputs, labels = test
     check_labels(labels, check_batch(inputs, "evaluate"))
     check_finite(model)
-    whole = model
+    whole, given, asked = model, editor, keep
     if keep is not None:
         plain = Network(model, parameters)
         with plain.isolated():
             keep = keep.of(edits[0]).fitted(plain.before)
     editor, model, network = prepared(model, parameters, editor, keep, edits[0])
-    header = _header(whole, network, edits, editor, (inputs, labels), keep, altered, protocol)
+    header = {} if results is None else _header(whole, network, edits, given, test, asked, altered, protocol)
     with Log(results, header) as log, bar("editing", len(edits), 0, progress) as show:
         predictor = FastPredictor(model, network, inputs, batch_size, log.header.get("drift_items"))
         if predictor.untraced_because:
@@ -134,14 +134,14 @@ def _header(
     """Return what two runs must share for one to continue the other."""
     return {
         "format": _FORMAT,
-        "model": fingerprint(model),
+        "model": identity(model),
         "parameters": list(network.names),
-        "edits": digest(list(edits)),
-        "editor": repr(editor),
-        "test": digest(test),
-        "keep": None if keep is None else digest(keep),
-        "altered": None if altered is None else getattr(altered, "__qualname__", type(altered).__qualname__),
-        "protocol": repr(protocol),
+        "edits": identity(list(edits), whole=True),
+        "editor": identity(editor),
+        "test": identity(test, whole=True),
+        "keep": identity(keep),
+        "altered": identity(altered),
+        "protocol": identity(protocol),
     }
 
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO, final
 
-from torch import Tensor
-
+from .._identity import different
 from ..errors import InvalidInput
-from ..patches import fingerprint
 
-__all__ = ["Log", "digest"]
+__all__ = ["Log"]
 
 
 @final
@@ -24,7 +20,7 @@ class Log:
 
     Args:
         path: the file, made with its folder where absent; None keeps the lines in memory alone.
-        header: what identifies the run; what the file says of other keys stays in `header`.
+        header: what identifies the run, as `identity` returns it; what the file says of other keys stays in `header`.
 
     Raises:
         InvalidInput: the file is of another run, or holds something else.
@@ -55,11 +51,10 @@ class Log:
             self.header, self.lines = lines[0], lines[1:]
 
     def _compare(self, path: Path, found: dict[str, Any]) -> None:
-        wrong = [key for key, value in self.header.items() if found.get(key) != value]
-        if wrong:
-            told = "; ".join(f"{key} is {found.get(key)!r} there and {self.header[key]!r} now" for key in wrong)
+        told = [line for key, value in self.header.items() for line in different(key, found.get(key), value)]
+        if told:
             raise InvalidInput(
-                f"{path} holds the results of another run: {told}. Name another file, or move this one away"
+                f"{path} holds the results of another run: {'; '.join(told)}. Name another file, or move this one away"
             )
 
     def start(self, **facts: Any) -> None:
@@ -92,31 +87,3 @@ class Log:
     ) -> None:
         if self._file is not None:
             self._file.close()
-
-
-def digest(value: Any) -> str:
-    """Return the SHA-256 of nested values: tensors by bits, dataclasses by fields, other objects by attributes."""
-    found = hashlib.sha256()
-    _feed(value, found.update)
-    return found.hexdigest()
-
-
-def _feed(value: Any, update: Callable[[bytes], None]) -> None:
-    if isinstance(value, Tensor):
-        update(fingerprint({"": value}).encode())
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            update(repr(key).encode())
-            _feed(item, update)
-    elif isinstance(value, (list, tuple)):
-        update(f"{type(value).__name__} {len(value)}".encode())
-        for item in value:
-            _feed(item, update)
-    elif dataclasses.is_dataclass(value):
-        update(type(value).__qualname__.encode())
-        _feed({field.name: getattr(value, field.name) for field in dataclasses.fields(value)}, update)
-    elif "object at 0x" in repr(value):
-        update(type(value).__qualname__.encode())
-        _feed(vars(value), update)
-    else:
-        update(repr(value).encode())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -13,12 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-from torch import Tensor
-
+from .._identity import different
 from ..errors import InvalidInput
-from ..patches import fingerprint
 
-__all__ = ["Checkpoints", "described", "write_whole"]
+__all__ = ["Checkpoints", "write_whole"]
 
 _MANIFEST = "manifest.json"
 _PREFIX = "step-"
@@ -31,12 +28,12 @@ class Checkpoints:
 
     Args:
         folder: where they lie.
-        run: what a run must share with a checkpoint to continue it: names and their values as text.
+        run: what a run must share with a checkpoint to continue it: by name, what `identity` returns.
         newest: how many are kept.
     """
 
     folder: Path
-    run: Mapping[str, str]
+    run: Mapping[str, Any]
     newest: int = 2
 
     def begin(self, step: int) -> Path:
@@ -86,29 +83,14 @@ class Checkpoints:
     def _folders(self) -> list[Path]:
         return sorted(self.folder.glob(f"{_PREFIX}*"))
 
-    def _check(self, path: Path, run: Mapping[str, str]) -> None:
-        names = sorted(name for name in {*run, *self.run} if run.get(name) != self.run.get(name))
-        if names:
-            told = "; ".join(f"{name} is {self.run.get(name)!s:.120}, there {run.get(name)!s:.120}" for name in names)
+    def _check(self, path: Path, run: Mapping[str, Any]) -> None:
+        names = sorted({*run, *self.run})
+        told = [line for name in names for line in different(name, run.get(name), self.run.get(name))]
+        if told:
             raise InvalidInput(
-                f"{path} is a checkpoint of another run, which this one cannot continue: {told}; "
+                f"{path} is a checkpoint of another run, which this one cannot continue: {'; '.join(told)}; "
                 "use another folder, or the same configuration"
             )
-
-
-def described(value: Any) -> str:
-    """Return a text that is the same for equal configurations in any process: tensors by a hash of their bits."""
-    if isinstance(value, Tensor):
-        return f"{tuple(value.shape)} {fingerprint({'': value})[:16]}"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {described(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(described, value)) + "]"
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        named = (f"{field.name}={described(getattr(value, field.name))}" for field in dataclasses.fields(value))
-        return f"{type(value).__name__}({', '.join(named)})"
-    text = repr(value)
-    return getattr(value, "__qualname__", type(value).__qualname__) if " at 0x" in text else text
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, final
@@ -14,11 +14,12 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor
 
 from .._calling import Inputs
+from .._identity import identity
 from .._terminal import bar
 from ..editors import IterativeEditor
 from ..errors import InvalidInput, MissingExtra
 from ..network import preserved_rng
-from .checkpoints import Checkpoints, described, write_whole
+from .checkpoints import Checkpoints, write_whole
 from .curriculum import set_steps
 from .items import Items, TrainingData
 from .objective import EditableObjective
@@ -283,33 +284,34 @@ def _identity(
     sampler: Sampler,
     optimiser: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler | None,
-) -> dict[str, str]:
+) -> dict[str, Any]:
     """Return what a run must share with a checkpoint to continue it."""
     objective = run.objective
     groups = [{**group, "params": len(group["params"])} for group in optimiser.param_groups]
-    shapes = {name: tuple(value.shape) for name, value in objective.state_dict().items()}
-    named: dict[str, Any] = {
-        "model": f"{type(objective.model).__name__} {shapes}",
-        "parameters": objective.names,
-        "editor": objective.editor,
-        "weights of the terms": (objective.weights, objective.c_eval),
-        "base_loss": objective.base_loss,
+    shapes = {name: list(value.shape) for name, value in objective.state_dict().items()}
+    return {
+        "model": type(objective.model).__qualname__,
+        "layers": identity({"shapes": shapes, "modules": str(objective.model)}, whole=True),
+        "parameters": list(objective.names),
+        "editor": identity(objective.editor),
+        "weights of the terms": identity((objective.weights, objective.c_eval)),
+        "base_loss": identity(objective.base_loss),
         "first_order": objective.first_order,
         "share_locality": objective.share_locality,
-        "data": data,
-        "sampler": sampler,
-        "validation": run.validation,
-        "optimiser": f"{type(optimiser).__name__} {described(groups)}",
-        "schedule": "none" if schedule is None else f"{type(schedule).__name__} {_plain(schedule)}",
+        "data": identity(data),
+        "sampler": identity(sampler),
+        "validation": identity(run.validation),
+        "criterion": identity(run.criterion),
+        "optimiser": {"is": type(optimiser).__qualname__, "groups": identity(groups)},
+        "schedule": None if schedule is None else {"is": type(schedule).__qualname__, **_plain(schedule)},
         "processes": run.accelerator.num_processes,
+        "settings": identity(run.settings),
     }
-    parts = {f"settings.{field.name}": getattr(run.settings, field.name) for field in fields(run.settings)}
-    return {name: value if isinstance(value, str) else described(value) for name, value in {**named, **parts}.items()}
 
 
-def _plain(schedule: torch.optim.lr_scheduler.LRScheduler) -> str:
+def _plain(schedule: torch.optim.lr_scheduler.LRScheduler) -> dict[str, Any]:
     state = schedule.state_dict()
-    return described({name: value for name, value in state.items() if isinstance(value, (int, float, str, list))})
+    return {name: identity(value) for name, value in state.items() if isinstance(value, (int, float, str, list))}
 
 
 def _share(found: list[Any]) -> None:

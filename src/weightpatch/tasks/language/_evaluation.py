@@ -12,13 +12,14 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from weightpatch._calling import Params, leaves
+from weightpatch._calling import Params
 from weightpatch._cost import measured
+from weightpatch._identity import digest, identity
 from weightpatch.constraints import All, Constraint, Says
 from weightpatch.editing import Result, solve
 from weightpatch.editors import Editor
 from weightpatch.errors import InvalidInput
-from weightpatch.evaluation.log import Log, digest
+from weightpatch.evaluation.log import Log
 from weightpatch.gates import Gate
 from weightpatch.locality import Locality
 from weightpatch.network import GATE, preserved_rng
@@ -178,20 +179,9 @@ def evaluate_facts(
     if before.facts != tuple(facts) or before.held_out != tuple(held_out):
         raise InvalidInput("evaluate_facts was given before for other facts or texts; measure it for these, `unedited`")
     run = _Run(language, before, editor, parameters, keep, joint, skip_failed, margin)
-    header = {
-        "format": 1,
-        "model": fingerprint(language.model),
-        "facts": digest(list(facts)),
-        "held_out": digest(list(held_out)),
-        "editor": run.name,
-        "parameters": [parameters] if isinstance(parameters, str) else list(parameters),
-        "keep": None if keep is None else fingerprint({str(n): leaf for n, leaf in enumerate(leaves(keep.inputs))}),
-        "settings": [repr(dict(language.settings)), joint, margin, *(["skip failed"] if skip_failed else [])],
-        "decoded": [before.tokens, before.continuation, before.continuations],
-        "sets": sets,
-    }
-    if header["model"] != before.fingerprint:
+    if fingerprint(language.model) != before.fingerprint:
         raise InvalidInput("evaluate_facts was given before for other weights; measure it for these, with `unedited`")
+    header = {} if results is None else _header(run, language, editor, before, parameters, keep, sets)
     with Log(results, header) as log:
         judge = Judge(language, before, run.network)
         log.start(base_perplexity=_finite(before.perplexity))
@@ -205,6 +195,31 @@ def evaluate_facts(
             if progress is not None:
                 progress(row)
     return FactsReport(run.name, before, tuple(rows))
+
+
+def _header(
+    run: _Run,
+    language: CausalLM,
+    editor: Editor | Makes,
+    before: Unedited,
+    parameters: str | Sequence[str],
+    keep: Locality | None,
+    sets: list[list[int]],
+) -> dict[str, Any]:
+    """Return what two runs must share for one to continue the other."""
+    return {
+        "format": 2,
+        "model": identity(language),
+        "generation": identity(vars(language.model.generation_config)),
+        "facts": digest(list(before.facts)),
+        "held_out": digest(list(before.held_out)),
+        "editor": identity(editor),
+        "parameters": [parameters] if isinstance(parameters, str) else list(parameters),
+        "keep": identity(keep),
+        "settings": run.settings,
+        "decoded": [before.tokens, before.continuation, before.continuations],
+        "sets": sets,
+    }
 
 
 @dataclass(frozen=True)
@@ -231,6 +246,7 @@ class _Run:
     ) -> None:
         self._language = replace(language, settings={**language.settings, "max_new_tokens": before.tokens})
         self._keep, self._joint, self._skip_failed, self._margin = keep, joint, skip_failed, margin
+        self.settings = {"joint": joint, "skip_failed": skip_failed, "margin": margin}
         self._facts, self._fingerprint = before.facts, before.fingerprint
         first = editor if isinstance(editor, Editor) else editor(before.facts[:1])
         self.name = repr(first)

@@ -13,18 +13,18 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from weightpatch._identity import different, digest, identity
 from weightpatch.constraints import IGNORED, Constraint, Preferred, Says
 from weightpatch.editing import Result, solve
 from weightpatch.editors import Editor
 from weightpatch.errors import InvalidInput
 from weightpatch.evaluation.generations import FastGenerations
 from weightpatch.evaluation.guessing import Guessing
-from weightpatch.evaluation.log import Log, digest
+from weightpatch.evaluation.log import Log
 from weightpatch.evaluation.metrics import Estimate, bootstrap_mean, wilson
 from weightpatch.evaluation.standing import Forced
 from weightpatch.locality import Locality
 from weightpatch.network import Network, preserved_rng
-from weightpatch.patches import fingerprint
 from weightpatch.preparing import prepared
 from weightpatch.tasks.text._generating import Decoding, Generating
 from weightpatch.tasks.text._readout import readout_of
@@ -182,15 +182,8 @@ def evaluate(
             f"evaluate was given {len(edits)} edits, {len(texts)} texts, references {references is not None} and score "
             f"{score is not None}; expected at least one edit and text, and references and score together"
         )
-    header = {
-        "format": 2,
-        "model": fingerprint(kind.model),
-        "parameters": [parameters] if isinstance(parameters, str) else list(parameters),
-        "editor": repr(editor),
-        "texts": digest([list(texts), None if references is None else list(references)]),
-        "settings": repr(dict(kind.settings)),
-    }
-    names = [digest(_demanded(edit))[:16] for edit in edits]
+    header = _header(kind, editor, texts, references, score, parameters, keep) if results is not None else {}
+    names = [_name(edit) if results is not None else "" for edit in edits]
     if keep is not None:
         plain = Network(kind.model, parameters)
         with plain.isolated():
@@ -227,22 +220,42 @@ def evaluate(
     return GenerationReport(base, len(texts), tuple(rows))
 
 
-def _continued(log: Log, names: Sequence[str]) -> list[GenerationRow]:
+def _header(
+    kind: Generating,
+    editor: Editor,
+    texts: Sequence[str],
+    references: Sequence[str] | None,
+    score: Score | None,
+    parameters: str | Sequence[str],
+    keep: Locality | None,
+) -> dict[str, Any]:
+    """Return what two runs must share, beside their edits, for one to continue the other."""
+    return {
+        "format": 3,
+        "model": identity(kind),
+        "generation": identity(vars(kind.model.generation_config)),
+        "parameters": [parameters] if isinstance(parameters, str) else list(parameters),
+        "editor": identity(editor),
+        "texts": digest([list(texts), None if references is None else list(references)]),
+        "score": identity(score),
+        "keep": identity(keep),
+    }
+
+
+def _continued(log: Log, names: Sequence[Any]) -> list[GenerationRow]:
     """Return the rows that a file has already of these edits, by their names."""
     rows = []
     for place, (line, name) in enumerate(zip(log.lines, names, strict=False)):
-        if line.get("edit") != name:
-            raise InvalidInput(
-                f"the results file holds another run: its edit {place} is {line.get('edit')} there and {name} now. "
-                "Name another file, or move this one away"
-            )
+        if told := different(f"its edit {place}", line.get("edit"), name):
+            raise InvalidInput(f"the results file holds another run: {told[0]}. Name another file, or move this away")
         rows.append(GenerationRow(**{key: value for key, value in line.items() if key != "edit"}))
     return rows
 
 
-def _demanded(edit: Constraint) -> list[Constraint]:
-    """Return the parts of an edit, without what decodes: that is the model, which is compared by its fingerprint."""
-    return [replace(part, decode=None) if isinstance(part, Says) else part for part in edit.conjuncts]
+def _name(edit: Constraint) -> Any:
+    """Name an edit by its content, without what decodes: that is the model, which is compared by itself."""
+    parts = [replace(part, decode=None) if isinstance(part, Says) else part for part in edit.conjuncts]
+    return identity(parts, whole=True)
 
 
 def _made(
