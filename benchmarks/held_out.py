@@ -4,7 +4,7 @@
     python benchmarks/held_out.py --show    # prints the stored table
 
 Each of 50 test sentences is to be translated by its reference, on its own, by `wp.edit`'s default, `Auto`, as README
-has it: the second matrix of the last block may move. Kept are the first test sentences that are neither edited nor judged;
+has it: the second matrix of the last block may move. Kept are the first test sentences neither edited nor judged;
 half of them judge. Told is the one-sided 95 % upper bound of the held-out share, seen the share of 500 other test
 sentences that the edited translator then translates otherwise, decoded greedily as it is deployed. Statistics are made
 once for all edits, as they would be for each. Sentences whose reference is said already are left out.
@@ -92,7 +92,7 @@ def measure(done: list[Row]) -> list[Row]:
 
 def table(rows: list[Row]) -> str:
     lines = [
-        "| kept | held out | edits | hold | told covers seen | held-out share | told, at most | seen on others | gates |",
+        "| kept | held out | edits | hold | told covers seen | held-out share | told | seen on others | gates |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for size in SIZES:
