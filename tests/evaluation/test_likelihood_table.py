@@ -91,7 +91,7 @@ def test_a_comparison_of_every_kind_of_answer(answers: Answers, tmp_path: Path) 
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
     assert found.likelihood.error_name in repr(found)
     page = comparison_page(tmp_path / "diff.html", found, title="a", inputs=x).read_text()
-    assert f"{found.likelihood.error_name} moved by" in page and f"row {int(found.flipped[0])}" in page
+    assert f"{found.likelihood.error_name} went from" in page and f"row {int(found.flipped[0])}" in page
 
 
 @KINDS

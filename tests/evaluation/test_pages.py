@@ -154,7 +154,7 @@ def test_an_edit_with_flips(tmp_path, channels):
     assert "the edit" in page.text
     figures = [attrs["aria-label"] or "" for attrs in page.all("div") if attrs.get("role") == "img"]
     assert [label.split()[0] for label in figures] == ["Histogram", "Slack", "Drawdown"]
-    assert "strength of the patch" in page.text and "change of the probability" in page.text
+    assert "strength of the patch" in page.text and "change of probability" in page.text
 
 
 def test_the_page_is_the_same_each_time(tmp_path):

@@ -41,10 +41,12 @@ class Kind:
     Attributes:
         group: what `groups` has a row of; empty for none.
         moved: what `shift` is the change of.
+        axis: the same in one word.
     """
 
     group = ""
     moved = "loss"
+    axis = "loss"
 
     def harm(self, judged: Judged) -> Tensor:
         """Return by how much each item got worse, (n,), float64; 0 where nothing counts."""
@@ -64,7 +66,7 @@ class Kind:
 class Classes(Kind):
     """`Categorical`: harm and shift are of probabilities."""
 
-    group, moved = "class", "probability of the answer before"
+    group, moved, axis = "class", "probability of the answer before", "probability"
 
     def harm(self, judged: Judged) -> Tensor:
         """Return the probability that the right class lost, a mean over positions."""
@@ -95,7 +97,7 @@ class Classes(Kind):
 class Tags(Kind):
     """`Bernoulli`: harm and shift are of the probabilities of tags."""
 
-    group, moved = "tag", "probability of the answers before"
+    group, moved, axis = "tag", "probability of the answers before", "probability"
 
     def harm(self, judged: Judged) -> Tensor:
         """Return the probability that the right states lost, a mean over the tags that are asked."""
@@ -135,7 +137,7 @@ class Tags(Kind):
 class Numbers(Kind):
     """`Gaussian`: harm is how much the mean squared error grew, shift how far the outputs are off."""
 
-    group, moved = "output", "distance from the target"
+    group, moved, axis = "output", "distance from the target", "distance"
 
     def shift(self, judged: Judged) -> Tensor:
         """Return how the mean absolute residual changed, in units of the outputs."""

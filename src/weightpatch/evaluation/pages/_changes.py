@@ -114,7 +114,7 @@ def changes(
         ),
         max(0, len(flipped) - _CARDS),
         tuple(_tables(comparison, names)),
-        histogram(comparison.shift[comparison.counts], f"change of the {comparison.kind.moved}"),
+        histogram(comparison.shift[comparison.counts], f"change of {comparison.kind.axis}"),
         sum(row in asked for row in flipped),
     )
 

@@ -15,7 +15,7 @@ from ._words import Names
 
 __all__ = ["Line", "lines", "note"]
 
-_LINES = 4
+_LINES = 3
 
 
 @final

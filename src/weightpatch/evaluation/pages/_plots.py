@@ -90,7 +90,7 @@ def drawdown_line(curve: Curve) -> str:
     return _draw("drawdown", paint)
 
 
-def histogram(shift: Tensor, what: str = "change of the probability") -> str:
+def histogram(shift: Tensor, what: str = "change of probability") -> str:
     """Draw how far items moved, as SVG, those whose move is finite; items are on a logarithmic scale."""
     values = shift[shift.isfinite()].double().numpy()
     reach = max(float(np.abs(values).max(initial=0.0)), 1e-6)
