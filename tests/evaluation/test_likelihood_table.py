@@ -82,8 +82,8 @@ def test_a_comparison_of_every_kind_of_answer(answers: Answers, tmp_path: Path) 
     assert (found.n, found.positions) == (right.counts.reshape(40, -1).any(1).sum(), right.counts.sum())
     assert found.positions_changed == right.changed.sum()
     assert found.kl == pytest.approx(right.kl, rel=1e-5)
-    rows = found.by_slice["row"]
-    assert [row.label for row in rows] == ["even", "odd"] and sum(row.n for row in rows) == found.n
+    rows = found.by_slice
+    assert [row.label for row in rows] == ["row = even", "row = odd"] and sum(row.n for row in rows) == found.n
     half = by_hand(answers, before[::2], after[::2], targets[::2])
     assert (rows[0].error_before, rows[0].error_after) == pytest.approx(half.errors, rel=1e-5)
     assert rows[0].flips.broken == len(half.worse)
@@ -146,7 +146,7 @@ def test_an_evaluation_of_every_kind_of_answer(answers: Answers) -> None:
     edit = Moved(x[:1], 0.3)
     editor = wp.editors.GradientDescent(lr=0.05, max_steps=20)
     report = wp.evaluate(model, [edit], editor, test=(x, targets), likelihood=answers.likelihood, progress=False)
-    found = wp.edit(model, edit, editor)
+    found = wp.edit(model, edit, editor, remember=False)
     assert found.patch is not None
     with found.patch.applied(model), torch.no_grad():
         after = model(x)
@@ -271,7 +271,7 @@ def test_a_likelihood_of_ones_own_is_measured_by_exact_passes(tmp_path: Path) ->
     assert ours.drift == pytest.approx(theirs.drift)
     found = Comparison(fast.base, ours.outputs, targets, Steps(), {"half": torch.arange(40) // 20})
     assert found.error_after == pytest.approx(float(Steps().loss(ours.outputs, targets).mean()))
-    assert found.groups == () and [row.label for row in found.by_slice["half"]] == [0, 1]
+    assert found.groups == () and [row.label for row in found.by_slice] == ["half = 0", "half = 1"]
     assert "°" in repr(found)
     assert "°" in comparison_page(tmp_path / "a.html", found, title="a", inputs=x).read_text()
 
@@ -325,7 +325,7 @@ def test_what_cannot_be_told_is_asked_for(outputs: tuple[int, ...], targets: Ten
 
 def test_columns_are_checked() -> None:
     z = torch.randn(4, 3)
-    with pytest.raises(ShapeMismatch, match=r"'site' has values of shape \(2,\)"):
+    with pytest.raises(ShapeMismatch, match=r"'site' has shape \(2,\)"):
         Comparison(z, z, torch.zeros(4, dtype=torch.int64), slices={"site": [1, 2]})
     with pytest.raises(InvalidInput, match="no target of the test set counts"):
         Comparison(z, z, torch.full((4, 3), torch.nan), SCALED)

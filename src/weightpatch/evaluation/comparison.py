@@ -6,10 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any, TypeAlias, final
+from typing import Any, final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -17,15 +16,15 @@ from .._calling import Function, Inputs, Output, length, outputs, rows
 from ..errors import InvalidInput, ShapeMismatch
 from ..likelihoods import Categorical, Likelihood
 from ..network import structural_clone
-from ._paired import mcnemar, paired_difference, resampled_difference
+from ._paired import mcnemar, paired_difference
 from ._plain import finite
 from .judging import Judged, TestSet, check_targets, chosen
 from .kinds import GroupChange, Kind, kind_of
-from .metrics import Estimate, Flips, flips
+from .metrics import Estimate, Flips, flips, paired_bootstrap
+from .slices import Column
+from .slices import slices as sliced
 
-__all__ = ["Column", "Comparison", "compare", "predict"]
-
-Column: TypeAlias = "Tensor | npt.NDArray[Any] | Sequence[Any]"
+__all__ = ["Comparison", "compare", "predict"]
 
 _LEVELS = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 
@@ -45,7 +44,7 @@ class Comparison:
         after: the second model's, the same shape.
         targets: what is right, on the CPU: classes (n, ...), or tags or numbers of the shape of the outputs.
         likelihood: what the outputs mean; what it lacks is read off those before.
-        slices: columns of one's own by name, n values each: the items of every value are summed up.
+        slices: columns of one's own by name, n values each, see `weightpatch.evaluation.slices`.
     """
 
     before: Tensor
@@ -63,8 +62,7 @@ class Comparison:
             )
         check_targets(self.targets, shape[0])
         object.__setattr__(self, "likelihood", self.likelihood.fitted(self.before))
-        object.__setattr__(self, "slices", {name: _column(name, v, shape[0]) for name, v in self.slices.items()})
-        self.judged.counts  # noqa: B018 - refuses targets that cannot be used
+        self.judged.counts, self._masks  # noqa: B018 - refuse what cannot be used
 
     @cached_property
     def judged(self) -> Judged:
@@ -126,7 +124,7 @@ class Comparison:
         """The error after minus the error before, with a paired 95 % interval.
 
         In percentage points, or units of the outputs. Tango's score interval (Tango 1998) where each item is one
-        answer, right or wrong, and where no tag changed; else the percentile interval of 2,000 draws of whole items.
+        answer, right or wrong, and where no tag changed; else the paired bootstrap of whole items.
         """
         before, after, n = (part[self.counts] for part in self.judged.items)
         likelihood = self.likelihood
@@ -134,7 +132,10 @@ class Comparison:
             step = likelihood.figure(1.0) - likelihood.figure(0.0)
             broken, repaired = int((after > before).sum()), int((before > after).sum())
             return paired_difference(broken, repaired, self.n).scaled(step)
-        return resampled_difference(before.numpy(), after.numpy(), n.numpy(), likelihood.figure)
+        if not bool(before.isfinite().all() and after.isfinite().all()):
+            return Estimate(self.error_after - self.error_before, math.nan, math.nan)
+        old, new = (torch.stack([loss, n.double()], 1).numpy() for loss in (before, after))
+        return paired_bootstrap(old, new, lambda sums: likelihood.figure(sums[0] / sums[1]))
 
     @cached_property
     def p_value(self) -> float:
@@ -209,10 +210,9 @@ class Comparison:
         return self.kind.groups(self.judged)
 
     @cached_property
-    def by_slice(self) -> dict[str, tuple[GroupChange, ...]]:
-        """What changed for the items of each value of each column, in the order of the values."""
-        columns = ((name, np.asarray(found)) for name, found in self.slices.items())
-        return {name: tuple(self._of_value(found, value) for value in np.unique(found)) for name, found in columns}
+    def by_slice(self) -> tuple[GroupChange, ...]:
+        """What changed for the items of each value of each column, labelled as "column = value"."""
+        return tuple(self._of_items(name, mask & self.counts) for name, mask in self._masks.items())
 
     def to_json(self) -> dict[str, Any]:
         """Return every number as plain values; what is not finite becomes None."""
@@ -240,7 +240,7 @@ class Comparison:
                 "mean": float(known.mean()) if len(known) else math.nan,
                 "quantiles": dict(zip(map(str, _LEVELS), shifts, strict=True)),
             },
-            "slices": {name: _rows("value", found) for name, found in self.by_slice.items()},
+            "slices": _rows("slice", self.by_slice),
         }
         if self.groups:
             facts[f"per_{self.kind.group}"] = _rows(self.kind.group, self.groups)
@@ -273,12 +273,13 @@ class Comparison:
         index = chosen.nonzero().squeeze(1)
         return index[self.harm[index].argsort(descending=True, stable=True)]
 
-    def _of_value(self, column: npt.NDArray[Any], value: Any) -> GroupChange:
-        mine = torch.from_numpy(column == value) & self.counts
+    @cached_property
+    def _masks(self) -> dict[str, Tensor]:
+        return sliced(self.slices, len(self.before))
+
+    def _of_items(self, name: str, mine: Tensor) -> GroupChange:
         before, after, _ = (part[mine] for part in self.judged.items)
-        return GroupChange(
-            value.item(), int(mine.sum()), *self.judged.errors(mine), flips(self.changed[mine], before, after)
-        )
+        return GroupChange(name, int(mine.sum()), *self.judged.errors(mine), flips(self.changed[mine], before, after))
 
 
 def compare(
@@ -339,13 +340,6 @@ def predict(function: Function, inputs: Inputs, batch_size: int = 128, output: O
 
 def _runnable(model: nn.Module | Function) -> Function:
     return structural_clone(model).eval() if isinstance(model, nn.Module) else model
-
-
-def _column(name: str, values: Column, n: int) -> npt.NDArray[Any]:
-    found = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-    if found.shape != (n,):
-        raise ShapeMismatch(f"the column {name!r} has values of shape {found.shape}; expected ({n},), one an item")
-    return found.astype(str) if found.dtype == object else found
 
 
 def _rows(heading: str, groups: Sequence[GroupChange]) -> list[dict[str, Any]]:

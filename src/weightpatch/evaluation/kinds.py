@@ -18,10 +18,10 @@ __all__ = ["Classes", "GroupChange", "Kind", "Numbers", "Tags", "kind_of"]
 @final
 @dataclass(frozen=True)
 class GroupChange:
-    """What changed for one right class, one tag, one output, or the items of one value of a column.
+    """What changed for one right class, one tag, one output, or one slice of the items.
 
     Attributes:
-        label: the number of the class, tag or output, or the value.
+        label: the number of the class, tag or output, or the name of the slice.
         n: how many answers are of it.
         error_before: the first model's, in the figure of the likelihood; NaN where n is 0.
         error_after: the second model's.

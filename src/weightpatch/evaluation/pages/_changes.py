@@ -125,8 +125,8 @@ def _tables(comparison: Comparison, names: Names) -> Iterator[Table]:
         yield _table(
             f"By {group}", heading, comparison.groups, {row.label: names[row.label] for row in comparison.groups}
         )
-    for column, found in comparison.by_slice.items():
-        yield _table(f"By {column}", column, found, {row.label: str(row.label) for row in found})
+    if comparison.by_slice:
+        yield _table("By slice", "Slice", comparison.by_slice, {row.label: row.label for row in comparison.by_slice})
 
 
 def _table(title: str, heading: str, found: tuple[GroupChange, ...], names: Mapping[Any, str]) -> Table:
