@@ -177,11 +177,12 @@ def compare(model: nn.Module, case: Case, test: tuple[Tensor, Tensor], rounds: i
             row = clocked(ours, lambda i=index: judge(i), repeats)
             with patch.object(Shortcut, "weights", lambda shortcut, params: None):
                 same = clocked(full, lambda i=index: judge(i), repeats)
-                assert torch.equal(predictor.predict(found.params).classes, classes), "the answers in full differ"
+                again = predictor.likelihood.answer(predictor.predict(found.params).outputs)
+                assert torch.equal(again, classes), "the answers in full differ"
             prediction = predictor.predict(found.params)
-            assert torch.equal(prediction.classes, classes), "the answers differ"
+            assert torch.equal(predictor.likelihood.answer(prediction.outputs), classes), "the answers differ"
             assert row.impact is not None
-            assert row.impact.error == float((classes != labels).double().mean()), "the rows differ"
+            assert row.impact.error == 100 * float((classes != labels).double().mean()), "the rows differ"
             assert same.impact is not None
             assert same.impact.error == row.impact.error, "the rows in full differ"
             assert (row.result, row.steps) == (found.result, found.steps)
@@ -199,7 +200,7 @@ def compare(model: nn.Module, case: Case, test: tuple[Tensor, Tensor], rounds: i
         ratio_wall=theirs.median("wall") / ours.median("wall"),
         full_cpu=full.median("cpu"),
         ratio_full_cpu=full.median("cpu") / ours.median("cpu"),
-        base_error=float((predictor.base != labels).double().mean()),
+        base_error=float((predictor.likelihood.answer(predictor.base) != labels).double().mean()),
         first_wall=first.median("wall"),
         once_wall=once,
         exact_items=statistics.mean(exact),

@@ -154,7 +154,7 @@ def sequential(part: Part, test: images.LabelledImages) -> list[dict[str, Any]]:
         {
             "edits": point.edits,
             "retained": point.retained / point.edits,
-            "drawdown": 100 * (point.impact.error - report.base_error),
+            "drawdown": point.impact.error - report.base_error,
         }
         for point in report.checkpoints
     ]

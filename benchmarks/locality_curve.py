@@ -51,7 +51,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     editor, model, network = prepared(made.model, made.parameters, made.editor, keep)
     predictor = FastPredictor(model, network, test.images, 250)
-    base = float((predictor.base != test.labels).double().mean())
+    base = float((predictor.likelihood.answer(predictor.base) != test.labels).double().mean())
     points = []
     for count in COPIES:
         lost, followed, held = [], [], []
@@ -59,7 +59,7 @@ def measure(
             inputs = torch.cat([fix.inputs, images.altered(fix.inputs)[:count]])
             solved = solve(network, Classified(inputs, fix.labels.repeat(len(inputs))), editor, keep)
             held.append(solved.after <= 0)
-            classes = predictor.predict(solved.params).classes
+            classes = predictor.likelihood.answer(predictor.predict(solved.params).outputs)
             lost.append(100 * abs(float((classes != test.labels).double().mean()) - base))
             unasked = Classified(further(fix.inputs), fix.labels.repeat(9))
             with network.isolated():

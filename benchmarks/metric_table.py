@@ -280,7 +280,7 @@ def sequence(
         {
             "edits": point.edits,
             "retained": point.retained / point.edits,
-            "drawdown": 100 * (point.impact.error - report.base_error),
+            "drawdown": point.impact.error - report.base_error,
         }
         for point in report.checkpoints
     ]

@@ -66,6 +66,11 @@ class Likelihood(ABC):
         """Whether nothing is left to be read off outputs."""
         return True
 
+    @property
+    def discrete(self) -> bool:
+        """Whether the loss depends on the answer alone, from 0 where that is right to 1 where nothing of it is."""
+        return False
+
     def fitted(self, outputs: Tensor) -> Likelihood:
         """Return this likelihood with everything fixed that was left to be read off outputs, such as a scale."""
         return self
@@ -140,6 +145,11 @@ class Categorical(Likelihood):
         """Whether nothing is left to be read off outputs."""
         return self.of is not None
 
+    @property
+    def discrete(self) -> bool:
+        """True: an answer is right or wrong."""
+        return True
+
     def fitted(self, outputs: Tensor) -> Categorical:
         """Fix the dimension and what the outputs are."""
         if self.of is not None:
@@ -154,6 +164,10 @@ class Categorical(Likelihood):
         """
         laid = _laid(self, outputs, _dimension(outputs, self.dim))
         return laid.clamp_min(torch.finfo(laid.dtype).tiny).log() if self._of(laid) is Of.probabilities else laid
+
+    def probabilities(self, outputs: Tensor) -> Tensor:
+        """Return the probabilities of the classes, on the last dimension; NaN for all of a position with a NaN."""
+        return self.logits(outputs).softmax(-1)
 
     def divergence(self, before: Tensor, after: Tensor) -> Tensor:
         """Return ``Σ_c p_c (log p_c - log q_c)``, (n, ...), nats."""
@@ -244,6 +258,11 @@ class Bernoulli(Likelihood):
         """Whether nothing is left to be read off outputs."""
         return self.of is not None
 
+    @property
+    def discrete(self) -> bool:
+        """True: an answer is right or wrong."""
+        return True
+
     def fitted(self, outputs: Tensor) -> Bernoulli:
         """Fix the dimension and what the outputs are.
 
@@ -262,6 +281,10 @@ class Bernoulli(Likelihood):
             tiny = torch.finfo(laid.dtype)
             return laid.clamp_min(tiny.tiny).log() - (1 - laid).clamp_min(tiny.tiny).log()
         return laid if of is Of.logits else laid - torch.log(-torch.expm1(laid.clamp_max(-1e-38)))
+
+    def probabilities(self, outputs: Tensor) -> Tensor:
+        """Return the probability of each tag to be on, (n, ..., tags)."""
+        return self.logits(outputs).sigmoid()
 
     def divergence(self, before: Tensor, after: Tensor) -> Tensor:
         """Return the sum over tags of ``p log(p/q) + (1-p) log((1-p)/(1-q))``, (n, ...), nats."""
@@ -284,7 +307,7 @@ class Bernoulli(Likelihood):
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the share of tags that are wrong; targets are 0 or 1, and negative where nothing is asked."""
         answers = self.answer(outputs)
-        given = _events(targets.to(answers.device), self.dim) if targets.ndim == outputs.ndim else targets
+        given = aligned(targets.to(answers.device), outputs, self.dim)
         _check_targets(self, given, answers.shape, whole=False)
         counts = given >= 0
         wrong = ((answers != given.long()) & counts).double().sum(-1)
@@ -414,11 +437,11 @@ class Gaussian(Likelihood):
         return ~same.all(-1)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean squared error of a position's outputs; NaN where the targets are."""
-        if targets.shape != outputs.shape and targets.numel() == outputs.numel():
-            targets = targets.reshape(outputs.shape)
-        _check_targets(self, targets, outputs.shape, whole=False)
-        return _events(outputs.double() - targets.to(outputs.device).double(), self.dim).square().mean(-1)
+        """Return the mean squared error of a position's outputs, of those whose targets are not NaN; inf for NaN."""
+        values = _events(outputs.double().nan_to_num(torch.inf, torch.inf, -torch.inf), self.dim)
+        given = aligned(targets.to(outputs.device), outputs, self.dim)
+        _check_targets(self, given, values.shape, whole=False)
+        return (values - given.double()).square().nanmean(-1)
 
     def figure(self, mean: float) -> float:
         """Return the root of a mean squared error, in units of the outputs."""
@@ -496,6 +519,12 @@ def _events(outputs: Tensor, dim: int | None) -> Tensor:
     if outputs.ndim <= 1:
         return outputs.reshape(-1, 1)
     return outputs.movedim(_dimension(outputs, dim), -1)
+
+
+def aligned(targets: Tensor, outputs: Tensor, dim: int | None) -> Tensor:
+    """Return targets of the shape of the outputs, dimensions of 1 aside, as their answers are laid out, (n, ..., k)."""
+    same = [size for size in targets.shape if size != 1] == [size for size in outputs.shape if size != 1]
+    return _events(targets.reshape(outputs.shape), dim) if same else targets
 
 
 def _laid(likelihood: Likelihood, outputs: Tensor, dim: int) -> Tensor:

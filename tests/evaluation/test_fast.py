@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from weightpatch.evaluation import engines, predictor, products
 from weightpatch.evaluation.predictor import Drift, FastPredictor, SlowPredictor
-from weightpatch.evaluation.screening import answers, margins, settle, spread
+from weightpatch.evaluation.screening import Screen, margins, settle
 from weightpatch.evaluation.steps import Halving, channels_last
 from weightpatch.evaluation.tracing import Trace
-from weightpatch.locality import divergence
+from weightpatch.likelihoods import Categorical
 from weightpatch.network import Network, structural_clone
 
 BATCH = 16
@@ -43,6 +43,14 @@ def diverse(model: nn.Module, inputs: Tensor) -> nn.Module:
     return model
 
 
+def answers(outputs: Tensor) -> Tensor:
+    return Categorical().answer(outputs)
+
+
+def screen(outputs: Tensor) -> Screen:
+    return Screen(Categorical(-1), outputs)
+
+
 def edited(network: Network, scale: float, seed: int = 0) -> dict[str, Tensor]:
     random = torch.Generator().manual_seed(seed)
     moved = {n: p + scale * p.abs().mean() * torch.randn(p.shape, generator=random) for n, p in network.start.items()}
@@ -54,7 +62,7 @@ def compared(
 ) -> tuple[FastPredictor, SlowPredictor, Network]:
     network = Network(model, parameters)
     fast, slow = FastPredictor(model, network, inputs, BATCH), SlowPredictor(model, network, inputs, BATCH)
-    assert torch.equal(fast.base, slow.base)
+    assert torch.equal(answers(fast.base), answers(slow.base))
     return fast, slow, network
 
 
@@ -63,12 +71,12 @@ def agree(fast: FastPredictor, slow: SlowPredictor, network: Network) -> list[Te
     for seed, scale in enumerate((0.01, 0.1, 1.0)):
         params = edited(network, scale, seed)
         ours, theirs = fast.predict(params), slow.predict(params)
-        assert torch.equal(ours.classes, theirs.classes)
+        assert torch.equal(answers(ours.outputs), answers(theirs.outputs))
         exact = fast.drift_items == slow.drift_items
         assert ours.drift == pytest.approx(theirs.drift, rel=1e-4 if exact else 0.05, abs=1e-7 if exact else 1e-3)
-        found.append(theirs.classes)
+        found.append(answers(theirs.outputs))
     unchanged = fast.predict(network.rounded(network.start))
-    assert torch.equal(unchanged.classes, slow.base)
+    assert torch.equal(answers(unchanged.outputs), answers(slow.base))
     assert abs(unchanged.drift) < 1e-6
     return found
 
@@ -116,7 +124,7 @@ def test_only_the_classes_whose_weights_changed_are_computed(parameters: str, bi
         for value in params.values():
             value[classes] += 0.5 * torch.randn_like(value[classes])
         ours, theirs = fast.predict(params), slow.predict(params)
-        assert torch.equal(ours.classes, theirs.classes)
+        assert torch.equal(answers(ours.outputs), answers(theirs.outputs))
         assert ours.drift == pytest.approx(theirs.drift, rel=1e-4)
         with torch.no_grad():
             exact = torch.func.functional_call(model, params, (inputs,))
@@ -172,10 +180,10 @@ def test_maxima_of_signed_and_of_odd_sizes() -> None:
 def test_the_drift_is_that_of_the_definition_also_where_classes_are_impossible() -> None:
     random = torch.Generator().manual_seed(0)
     before, after = 5 * torch.randn(2, 50, 4, generator=random)
-    assert Drift(before).to(after) == pytest.approx(float(divergence(before, after).mean()), rel=1e-5)
+    assert Drift(before).to(after) == pytest.approx(float(Categorical().divergence(before, after).mean()), rel=1e-5)
     assert Drift(before).to(before) == 0
     before[:, 2] = after[:, 2] = -torch.inf
-    assert Drift(before).to(after) == pytest.approx(float(divergence(before, after).mean()), rel=1e-5)
+    assert Drift(before).to(after) == pytest.approx(float(Categorical().divergence(before, after).mean()), rel=1e-5)
     after[0, 1] = -torch.inf
     assert Drift(before).to(after) == torch.inf
     after[0, 0] = torch.nan
@@ -246,10 +254,11 @@ def test_ties_and_nan_are_answered_as_by_a_full_pass() -> None:
     for value in (0.0, float("nan"), float("inf"), 1e30):
         params = {name: torch.full_like(p, value) for name, p in network.start.items()}
         ours, theirs = fast.predict(params), slow.predict(params)
-        assert torch.equal(ours.classes, theirs.classes)
+        assert torch.equal(answers(ours.outputs), answers(theirs.outputs))
         assert ours.exact == 61 or value == 1e30
-    assert (theirs.classes != -1).all()
-    assert (fast.predict({n: torch.full_like(p, torch.nan) for n, p in network.start.items()}).classes == -1).all()
+    assert (answers(theirs.outputs) != -1).all()
+    nothing = fast.predict({n: torch.full_like(p, torch.nan) for n, p in network.start.items()})
+    assert (answers(nothing.outputs) == -1).all()
 
 
 @pytest.mark.usefixtures("_always_rough")
@@ -273,7 +282,7 @@ def test_settle_finds_every_answer_within_the_assumed_error(seed: int, noise: fl
     random = torch.Generator().manual_seed(seed)
     exact = torch.randn(200, classes, generator=random)
     coarse = exact + noise * (2 * torch.rand(200, classes, generator=random) - 1)
-    logits, known = settle(coarse, lambda index: exact[index], torch.arange(40))
+    logits, known = settle(coarse, lambda index: exact[index], torch.arange(40), screen(exact))
     assert torch.equal(logits.argmax(1), exact.argmax(1))
     assert torch.equal(logits[known], exact[known])
     assert known[:40].all()
@@ -286,7 +295,9 @@ def test_settle_widens_when_the_items_near_a_tie_err_more_than_the_sample() -> N
     coarse[4] = torch.tensor([0.2, 0.0])  # errs by 0.5: margins within 1 follow ...
     coarse[5] = torch.tensor([0.0, 0.9])  # ... which errs by 2.9: and within 5.8
     asked: list[list[int]] = []
-    logits, known = settle(coarse, lambda index: (asked.append(index.tolist()), exact[index])[1], torch.tensor([0]))
+    logits, known = settle(
+        coarse, lambda index: (asked.append(index.tolist()), exact[index])[1], torch.tensor([0]), screen(exact)
+    )
     assert asked == [[0], [4], [5], [1, 2, 3]]
     assert known.tolist() == [True] * 6 + [False]
     assert torch.equal(logits.argmax(1), exact.argmax(1))
@@ -295,21 +306,20 @@ def test_settle_widens_when_the_items_near_a_tie_err_more_than_the_sample() -> N
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_settle_trusts_nothing_that_is_not_finite(bad: float) -> None:
     exact = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
-    everywhere = settle(torch.full_like(exact, bad), lambda index: exact[index], torch.arange(5))
+    everywhere = settle(torch.full_like(exact, bad), lambda index: exact[index], torch.arange(5), screen(exact))
     assert everywhere[1].all()
     coarse = exact.clone()
     coarse[30] = torch.tensor([bad, bad, 0.0])
-    logits, known = settle(coarse, lambda index: exact[index], torch.arange(5))
+    logits, known = settle(coarse, lambda index: exact[index], torch.arange(5), screen(exact))
     assert known[30]
     assert torch.equal(logits, exact)
 
 
-def test_margins_spread_and_answers() -> None:
+def test_margins_and_reach() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.5], [2.0, 2.0, 0.0], [float("nan"), 1.0, 0.0]])
     assert margins(logits)[:2].tolist() == [0.5, 0.0]
     assert margins(logits)[2].isnan()
-    assert answers(logits).tolist() == [1, 0, -1]
-    assert spread(torch.tensor([[0.5, -1.0, 0.0]])).item() == 1.5
+    assert screen(logits).reach(torch.tensor([[0.5, -1.0, 0.0]])).item() == 1.5
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 4, 4), (2, 5, 1, 1), (2, 3, 4, 5)])
@@ -374,7 +384,7 @@ def corrected(fast: FastPredictor, params: dict[str, Tensor]) -> list[str]:
 
 def agrees(fast: FastPredictor, slow: SlowPredictor, params: dict[str, Tensor]) -> None:
     ours, theirs = fast.predict(params), slow.predict(params)
-    assert torch.equal(ours.classes, theirs.classes)
+    assert torch.equal(answers(ours.outputs), answers(theirs.outputs))
     exact = fast.drift_items == slow.drift_items
     assert ours.drift == pytest.approx(theirs.drift, rel=1e-4 if exact else 0.05, abs=1e-7 if exact else 1e-3)
 
@@ -406,7 +416,7 @@ def test_low_rank_edits_of_the_first_convolutions(
         assert corrected(fast, full) == []
         agrees(fast, slow, full)
     unchanged = fast.predict(network.rounded(network.start))
-    assert torch.equal(unchanged.classes, slow.base)
+    assert torch.equal(answers(unchanged.outputs), answers(slow.base))
     assert abs(unchanged.drift) < 1e-6
 
 
@@ -521,6 +531,6 @@ def test_weights_that_are_not_finite_give_the_answers_of_the_model_itself(value:
     params = network.rounded(network.start)
     params["conv2.weight"][3] = value
     ours, theirs = fast.predict(params), slow.predict(params)
-    assert torch.equal(ours.classes, theirs.classes)
+    assert torch.equal(answers(ours.outputs), answers(theirs.outputs))
     assert math.isnan(ours.drift) == math.isnan(theirs.drift)
-    assert bool((theirs.classes == -1).any())
+    assert bool((answers(theirs.outputs) == -1).any())

@@ -91,7 +91,7 @@ def test_flips_are_counted_as_by_hand(items: list[tuple[int, int, int]]) -> None
     broken = sum(b == y != a for b, a, y in items)
     repaired = sum(a == y != b for b, a, y in items)
     other = sum(a != b and a != y and b != y for b, a, y in items)
-    found = flips(before, after, labels)
+    found = flips(before != after, (before != labels).double(), (after != labels).double())
     assert found == Flips(broken, repaired, other)
     assert found.total == int((before != after).sum())
 

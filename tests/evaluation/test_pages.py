@@ -267,7 +267,7 @@ def test_other_constraints(tmp_path):
 
 def report() -> Report:
     rows = tuple(Row(i, Result.satisfied, i, -0.1, 0.5, 10**6, None, None) for i in range(3))
-    return Report("RMSProp(lr=0.001)", ("fc.*",), "independent", 100, 100, 0.07, rows)
+    return Report("RMSProp(lr=0.001)", ("fc.*",), "independent", 100, 100, 7.0, rows)
 
 
 def test_tables(tmp_path):
@@ -298,7 +298,7 @@ def test_thousands_of_flips_and_of_classes(tmp_path):
 
 def test_a_model_that_answers_nothing(tmp_path):
     comparison, inputs = compared(10, 3)
-    broken = Comparison(comparison.before, comparison.after * float("nan"), comparison.labels)
+    broken = Comparison(comparison.before, comparison.after * float("nan"), comparison.targets)
     page = Page(comparison_page(tmp_path / "diff.html", broken, title="a", inputs=inputs))
     assert "no answer" in page.text
 
@@ -318,7 +318,7 @@ def test_bad_paths_and_test_sets_are_refused_before_any_work(tmp_path):
         with pytest.raises(InvalidInput, match="HTML"):
             edit_page(path, model=told.model, edit=told.edit, test=told.test)
     told.test = (told.test[0], told.test[1][:3])
-    with pytest.raises(ShapeMismatch, match="labels"):
+    with pytest.raises(ShapeMismatch, match="targets"):
         edit_page(tmp_path / "report.html", model=told.model, edit=told.edit, test=told.test)
     assert not list(tmp_path.iterdir())
 

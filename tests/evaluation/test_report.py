@@ -26,13 +26,13 @@ REPORT = Report(
     protocol="Independent()",
     test_items=200,
     drift_items=100,
-    base_error=0.10,
+    base_error=10.0,
     rows=(
-        row(0, Result.satisfied, 2, 0.12, Flips(5, 1, 2)),
-        row(1, Result.satisfied, 3, 0.09, Flips(0, 2, 0)),
-        row(2, Result.already_satisfied, 0, 0.10, Flips(0, 0, 0), 0.0),
-        row(3, Result.unsatisfied, 10, 0.10, Flips(3, 3, 0)),
-        row(4, Result.nonfinite, 10, 0.90, Flips(160, 0, 0), None),
+        row(0, Result.satisfied, 2, 12.0, Flips(5, 1, 2)),
+        row(1, Result.satisfied, 3, 9.0, Flips(0, 2, 0)),
+        row(2, Result.already_satisfied, 0, 10.0, Flips(0, 0, 0), 0.0),
+        row(3, Result.unsatisfied, 10, 10.0, Flips(3, 3, 0)),
+        row(4, Result.nonfinite, 10, 90.0, Flips(160, 0, 0), None),
     ),
 )
 
@@ -58,7 +58,7 @@ def test_the_summary_is_of_the_edits_that_had_something_to_do() -> None:
 
 
 def test_a_report_of_nothing_but_no_ops() -> None:
-    nothing = Report("E", ("*",), "Independent()", 10, 10, 0.5, (REPORT.rows[2],))
+    nothing = Report("E", ("*",), "Independent()", 10, 10, 50.0, (REPORT.rows[2],))
     assert nothing.summary.edits == 0
     assert nothing.summary.drawdown is None
     assert nothing.summary.peak_bytes is None
@@ -76,8 +76,8 @@ def test_json_comes_back_equal_and_is_strict(tmp_path: Path) -> None:
 
 
 def test_checkpoints_come_back_equal() -> None:
-    points = (Checkpoint(1, 1, Impact(0.1, Flips(0, 0, 0), 0.0)), Checkpoint(4, 3, Impact(0.2, Flips(9, 1, 0), 0.5)))
-    report = Report("E", ("*",), "Sequential((1,))", 10, 10, 0.1, REPORT.rows, points)
+    points = (Checkpoint(1, 1, Impact(10.0, Flips(0, 0, 0), 0.0)), Checkpoint(4, 3, Impact(20.0, Flips(9, 1, 0), 0.5)))
+    report = Report("E", ("*",), "Sequential((1,))", 10, 10, 10.0, REPORT.rows, points)
     assert Report.from_json(report.to_json()) == report
     assert points[1].retention == wilson(3, 4)
     assert "75.00 %" in str(report)

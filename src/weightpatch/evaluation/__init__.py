@@ -1,9 +1,10 @@
 """Judging edits: what a set of them does to a test set, and what one changes item by item."""
 
-from .comparison import ClassChange, Comparison, compare, predict
+from .comparison import Comparison, compare, predict
 from .curve import Curve, curve
 from .driver import evaluate
 from .figures import figures
+from .kinds import GroupChange
 from .metrics import Estimate, Flips
 from .pages import comparison_page, edit_page, sentence_comparison_page, sentence_page
 from .protocols import Independent, Protocol, Sequential
@@ -15,11 +16,11 @@ from .slices import counted, slices
 __all__ = [
     "Answering",
     "Checkpoint",
-    "ClassChange",
     "Comparison",
     "Curve",
     "Estimate",
     "Flips",
+    "GroupChange",
     "Impact",
     "Independent",
     "Protocol",

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, final
 
 import numpy as np
@@ -20,8 +21,8 @@ from ..editing import Result, Solved, solve
 from ..editors import Editor
 from ..locality import Locality
 from ..network import Network, preserved_rng
+from .judging import Judged
 from .log import Log
-from .metrics import flips
 from .predictor import Prediction, Predictor
 from .report import Impact, Row
 
@@ -45,7 +46,7 @@ class Bench:
         keep: what an editor should keep, or None.
         altered: makes m altered copies of a batch of n inputs, (m·n, ...), copy after copy; or None.
         predictor: answers of edited models to the test set.
-        labels: the right answers, (n,).
+        targets: what is right, as the predictor's likelihood takes it.
         log: what is done already.
         progress: is told the rows so far.
     """
@@ -57,7 +58,7 @@ class Bench:
     keep: Locality | None
     altered: Callable[[Inputs], Inputs] | None
     predictor: Predictor
-    labels: Tensor
+    targets: Tensor
     log: Log
     progress: Callable[[Sequence[Row]], None] = field(default=_silent)
 
@@ -87,10 +88,18 @@ class Bench:
         """Measure the model with these parameters on the test set."""
         return self._impact(self.predictor.predict(params))
 
+    @cached_property
+    def base(self) -> Judged:
+        """The unedited model beside itself."""
+        found = self.predictor
+        return Judged(found.base, found.base, self.targets, found.likelihood)
+
     def _impact(self, found: Prediction) -> Impact:
-        error = float((found.classes != self.labels).double().mean())
-        changed = flips(self.predictor.base, found.classes, self.labels)
-        return Impact(error, changed, found.drift if math.isfinite(found.drift) else None)
+        judged = self.base.against(found.outputs)
+        positions, changed = int(judged.counts.sum()), int(judged.changed.sum())
+        share = changed / positions if judged.changed.ndim > 1 else None
+        drift = found.drift if math.isfinite(found.drift) else None
+        return Impact(judged.errors()[1], judged.flips, drift, share)
 
     def _generality(self, network: Network, index: int, params: Params) -> float | None:
         if self.altered is None:

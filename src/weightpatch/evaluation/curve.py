@@ -10,13 +10,15 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from .._calling import Params, length, outputs, rows
+from .._calling import Output, Params, length, outputs, rows
 from ..constraints import Constraint
 from ..editing import Edit
 from ..errors import InvalidInput
+from ..likelihoods import Likelihood
 from ..network import Network
 from ..patches import Patch
-from .comparison import Comparison, TestSet, check_labels
+from .comparison import Comparison
+from .judging import TestSet, check_targets, chosen
 from .metrics import Estimate, Flips
 
 __all__ = ["Curve", "Point", "between", "curve", "places", "sweep"]
@@ -32,7 +34,7 @@ class Point:
     Attributes:
         strength: t; 0 is the base, 1 the whole patch.
         slack: the least slack of any demand, in the constraint's units; the constraint holds where it is at least 0.
-        drawdown: error at t minus error of the base, in percentage points, with its paired 95 % interval.
+        drawdown: error at t minus error of the base, with its paired 95 % interval, see `Comparison.drawdown`.
         flips: answers that differ from the base's.
     """
 
@@ -88,6 +90,8 @@ def curve(
     test: TestSet,
     *,
     strengths: Sequence[float] = STRENGTHS,
+    likelihood: Likelihood | None = None,
+    output: Output = None,
     batch_size: int = 128,
 ) -> Curve:
     """Measure a patch at several strengths; the model is left as it is.
@@ -96,8 +100,10 @@ def curve(
         model: the model that the patch was made for, unpatched.
         patch: the patch, or an edit that has one.
         constraint: what was asked for.
-        test: inputs and right classes, on which the drawdown is measured.
+        test: inputs and what is right, as `compare` takes them, on which the drawdown is measured.
         strengths: which t to measure, each from 0 to 1.
+        likelihood: what the outputs mean, see `compare`.
+        output: which tensor of a structured answer is meant, see `compare`.
         batch_size: how many test items a pass gets.
 
     Raises:
@@ -109,11 +115,11 @@ def curve(
     found = patch.patch if isinstance(patch, Edit) else patch
     if found is None or not found.operations:
         raise InvalidInput("curve was given a patch that changes nothing; expected one with at least one operation")
-    check_labels(test[1], length(test[0]))
+    check_targets(test[1], length(test[0]))
     network = Network(model, places(model, found))
     with network.isolated():
         bound = constraint.bind(network.before)
-    return sweep(network, found, bound, test, strengths, batch_size)[0]
+    return sweep(network, found, bound, test, strengths, batch_size, likelihood, output)[0]
 
 
 def places(model: nn.Module, patch: Patch) -> tuple[str, ...]:
@@ -124,20 +130,28 @@ def places(model: nn.Module, patch: Patch) -> tuple[str, ...]:
 
 
 def sweep(
-    network: Network, patch: Patch, constraint: Constraint, test: TestSet, strengths: Sequence[float], batch_size: int
+    network: Network,
+    patch: Patch,
+    constraint: Constraint,
+    test: TestSet,
+    strengths: Sequence[float],
+    batch_size: int,
+    likelihood: Likelihood | None = None,
+    output: Output = None,
 ) -> tuple[Curve, Comparison]:
     """Measure a patch at rising strengths, against a bound constraint; also return the comparison at the last one."""
     paths = [between(network, patch, t) for t in strengths]
     with network.isolated(), torch.no_grad():
         slacks = [-float(constraint.violation(network.at(params)).max()) for params in paths]
     moving = [params for params, t in zip(paths, strengths, strict=True) if t]
-    base, *moved = _logits(network, [network.start, *moving], test, batch_size)
+    base, *moved = _outputs(network, [network.start, *moving], test, batch_size, output)
     if len(moving) < len(paths):
         moved.insert(0, base)  # strength 0, which comes first
-    labels = test[1].detach().cpu().long()
-    comparisons = [Comparison(base, logits, labels) for logits in moved]
-    found = zip(strengths, slacks, comparisons, strict=True)
-    return Curve(tuple(Point(t, slack, c.drawdown, c.flips) for t, slack, c in found)), comparisons[-1]
+    targets = test[1].detach().cpu()
+    fitted = chosen(likelihood, base, targets)
+    comparisons = [Comparison(base, found, targets, fitted) for found in moved]
+    points = zip(strengths, slacks, comparisons, strict=True)
+    return Curve(tuple(Point(t, slack, c.drawdown, c.flips) for t, slack, c in points)), comparisons[-1]
 
 
 def between(network: Network, patch: Patch, strength: float) -> Params:
@@ -150,12 +164,12 @@ def between(network: Network, patch: Patch, strength: float) -> Params:
     }
 
 
-def _logits(network: Network, paths: Sequence[Params], test: TestSet, batch_size: int) -> list[Tensor]:
-    """Return the logits of the test set for each set of parameters; batch by batch, so that a prefix is run once."""
+def _outputs(network: Network, paths: Sequence[Params], test: TestSet, batch_size: int, output: Output) -> list[Tensor]:
+    """Return the outputs for the test set of each set of parameters; batch by batch, so that a prefix is run once."""
     parts: list[list[Tensor]] = [[] for _ in paths]
     for start in range(0, length(test[0]), batch_size):
         batch = rows(test[0], slice(start, start + batch_size))
         with network.isolated(), torch.no_grad():
             for found, params in zip(parts, paths, strict=True):
-                found.append(outputs(network.at(params), batch).cpu())
+                found.append(outputs(network.at(params), batch, output).cpu())
     return [torch.cat(found) for found in parts]

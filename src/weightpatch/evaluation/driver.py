@@ -9,18 +9,19 @@ from typing import Any
 
 from torch import nn
 
-from .._calling import check_batch
+from .._calling import Output, check_batch
 from .._identity import identity
 from .._terminal import bar
 from ..constraints import Constraint
 from ..editing import Result
 from ..editors import Editor
 from ..errors import InvalidInput
+from ..likelihoods import Likelihood
 from ..locality import Locality
 from ..network import Network, check_finite
 from ..preparing import prepared
 from .bench import Bench
-from .comparison import TestSet, check_labels
+from .judging import Asked, TestSet, check_targets
 from .log import Log
 from .predictor import FastPredictor
 from .protocols import Independent, Protocol
@@ -41,25 +42,31 @@ def evaluate(
     keep: Locality | None = None,
     altered: Callable[[Any], Any] | None = None,
     protocol: Protocol | None = None,
+    likelihood: Likelihood | None = None,
+    output: Output = None,
     results: str | Path | None = None,
     batch_size: int = 250,
     progress: bool = True,
 ) -> Report:
-    """Make many edits of one model and measure what each does to a labelled test set; the model is left as it is.
+    """Make many edits of one model and measure what each does to a test set; the model is left as it is.
 
     Every edit is checked on its final weights in the model's own dtype. The answers on the test set are those of a full
     pass of the edited model, but only what the edit can change is computed; see `FastPredictor`.
 
     Args:
-        model: any eager module that returns logits (n, classes), in any mode.
+        model: any eager module, in any mode.
         edits: what must become true, one constraint an edit.
         editor: how.
-        test: the test set: inputs of n items, and labels, shape (n,), integers.
+        test: the test set: inputs of n items, and what is right, as `compare` takes it: classes (n, ...), integers, or
+            tags or numbers of the shape of the outputs.
         parameters: which parameters may move, as one or several glob patterns of their names.
         keep: what should stay, for editors that have a `keep_weight`.
         altered: makes m altered copies of n inputs, (m·n, ...), copy after copy, to measure the generality of edits; it
             may draw from the global random generators, which are seeded by the edit's place and put back afterwards.
         protocol: `Independent()` when not given, or `Sequential()` for edits applied one on another.
+        likelihood: what the outputs mean; `Categorical()` when not given, where the targets are integers, one for each
+            position.
+        output: which tensor of a structured answer the test set is about; see `compare`.
         results: a file of JSON lines, written edit by edit; a run that was stopped continues from it.
         batch_size: test items in one full pass.
         progress: show a progress bar where the output is a terminal.
@@ -70,40 +77,46 @@ def evaluate(
     """
     protocol = Independent() if protocol is None else protocol
     _check(model, edits, editor, protocol, batch_size)
-    inputs, labels = test
-    check_labels(labels, check_batch(inputs, "evaluate"))
+    inputs, targets = test
+    check_targets(targets, check_batch(inputs, "evaluate"))
     check_finite(model)
-    whole, given, asked = model, editor, keep
+    whole, given, kept = model, editor, keep
     if keep is not None:
         plain = Network(model, parameters)
         with plain.isolated():
             keep = keep.of(edits[0]).fitted(plain.before)
     editor, model, network = prepared(model, parameters, editor, keep, edits[0])
-    header = {} if results is None else _header(whole, network, edits, given, test, asked, altered, protocol)
+    header: dict[str, Any] = {}
+    if results is not None:
+        header = _header(whole, network, edits, given, test, kept, altered, protocol)
+        header |= {"likelihood": identity(likelihood), "output": identity(output)}
     with Log(results, header) as log, bar("editing", len(edits), 0, progress) as show:
-        predictor = FastPredictor(model, network, inputs, batch_size, log.header.get("drift_items"))
+        asked = Asked(targets, likelihood, output)
+        predictor = FastPredictor(model, network, inputs, batch_size, log.header.get("drift_items"), asked=asked)
         if predictor.untraced_because:
             reason = predictor.untraced_because
             warnings.warn(f"{type(whole).__name__} is judged as it is, which takes longer: {reason}", stacklevel=2)
         log.start(drift_items=predictor.drift_items)
-        labels = labels.to(predictor.base.device)
+        targets = targets.to(predictor.base.device)
 
         def told(rows: Sequence[Row]) -> None:
             show(len(rows), _told(rows))
 
-        bench = Bench(model, network, edits, editor, keep, altered, predictor, labels, log, told)
+        bench = Bench(model, network, edits, editor, keep, altered, predictor, targets, log, told)
         rows, checkpoints = protocol.run(bench)
-    error = float((predictor.base != labels).double().mean())
     patterns = (parameters,) if isinstance(parameters, str) else tuple(parameters)
     return Report(
         repr(editor),
         patterns,
         repr(protocol),
-        len(labels),
+        len(targets),
         predictor.drift_items,
-        error,
+        bench.base.errors()[0],
         tuple(rows),
         tuple(checkpoints),
+        predictor.likelihood.name,
+        predictor.likelihood.error_name,
+        predictor.likelihood.unit,
     )
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._calling import Inputs, Params, length, outputs, rows
+from .._calling import Inputs, Output, Params, length, outputs, rows, selected
 from ..network import Network, Recording, structural_clone
 from .steps import Whole
 from .tracing import Recorded, Suffix, Trace
@@ -63,7 +63,7 @@ class Traced(Engine):
         self._plain = Suffix(trace, recorded, dtype, plain=True)
 
     @staticmethod
-    def of(model: nn.Module, network: Network, inputs: Inputs, batch_size: int) -> Traced | Head:
+    def of(model: nn.Module, network: Network, inputs: Inputs, batch_size: int, output: Output = None) -> Traced | Head:
         """Trace a model and record a test set; where only a linear layer that makes the logits is edited, that is all.
 
         Raises:
@@ -73,14 +73,15 @@ class Traced(Engine):
         if floats != {torch.float32}:
             raise TypeError(f"the model computes in {floats}")
         clone = structural_clone(model)
-        trace = Trace(clone, network.names)
+        trace = Trace(clone, network.names, output=output)
         item = sum(value.nbytes for value in trace.record(rows(inputs, slice(0, 1))))
         if item * length(inputs) * 1.5 > BUDGET:
-            trace = Trace(clone, network.names, whole=True)
+            trace = Trace(clone, network.names, whole=True, output=output)
         traced = Traced(trace, Recorded.of(trace, inputs, batch_size), batch_size)
         head = trace.fused[0] if len(trace.fused) == len(trace.cuts) == 1 else None
         features = traced._recorded.values[trace.cuts[0]]
-        if isinstance(head, Whole) and type(head.module) is nn.Linear and features.ndim == 2:
+        linear = isinstance(head, Whole) and type(head.module) is nn.Linear and features.ndim == 2
+        if isinstance(head, Whole) and linear and not callable(output):
             return Head(traced, features, head)
         return traced
 
@@ -167,6 +168,7 @@ class Replayed(Engine):
         inputs: n items.
         batch_size: items in one pass.
         sample: the items that are most often asked for, recorded as well.
+        output: which tensor of a structured answer is meant.
         recordings: of the batches and of the sample, where they are made already.
         autocast: run in bfloat16 where PyTorch's autocast does.
     """
@@ -177,12 +179,13 @@ class Replayed(Engine):
         inputs: Inputs,
         batch_size: int,
         sample: Tensor,
+        output: Output = None,
         recordings: tuple[list[Recording | None], Recording] | None = None,
         autocast: bool = False,
     ) -> None:
         self._network, self._inputs, self._batch_size, self._sample = network, inputs, batch_size, sample
         self._batches = [slice(a, a + batch_size) for a in range(0, length(inputs), batch_size)]
-        self._autocast = autocast
+        self._autocast, self._output = autocast, output
         self._recordings, self._sampled = recordings or self._record()
 
     def _record(self) -> tuple[list[Recording | None], Recording]:
@@ -207,16 +210,18 @@ class Replayed(Engine):
         """Return the logits of some items by full passes, or of the sample by a replayed one."""
         with self._precision():
             if index is self._sample:
-                return outputs(lambda: self._network.run(weights, self._sampled), ())
+                return selected(self._network.run(weights, self._sampled), self._output)
             parts: tuple[Tensor, ...] = torch.split(index, self._batch_size)
-            return torch.cat([outputs(self._network.full(weights), rows(self._inputs, part)) for part in parts])
+            return torch.cat(
+                [outputs(self._network.full(weights), rows(self._inputs, part), self._output) for part in parts]
+            )
 
     def batch(self, params: Params, number: int) -> Tensor:
         """Return the logits of one batch."""
         recording = self._recordings[number]
         if recording is None:
-            return outputs(self._network.full(params), rows(self._inputs, self._batches[number]))
-        return outputs(lambda: self._network.run(params, recording), ())
+            return outputs(self._network.full(params), rows(self._inputs, self._batches[number]), self._output)
+        return selected(self._network.run(params, recording), self._output)
 
     def first(self, weights: Any) -> Tensor:
         """Return the logits of the first batch."""
@@ -226,7 +231,7 @@ class Replayed(Engine):
     def rough(self) -> Replayed:
         """Return the same under autocast."""
         made = (self._recordings, self._sampled)
-        return Replayed(self._network, self._inputs, self._batch_size, self._sample, made, autocast=True)
+        return Replayed(self._network, self._inputs, self._batch_size, self._sample, self._output, made, autocast=True)
 
     def _precision(self) -> AbstractContextManager[Any]:
         return torch.autocast(self._network.device.type, torch.bfloat16) if self._autocast else nullcontext()

@@ -9,14 +9,14 @@ __all__ = ["figures"]
 
 
 def figures(report: Report) -> dict[str, str]:
-    """Return the columns of a table that compares reports, as text: shares in %, drawdown in points, times in ms."""
+    """Return the columns of a table that compares reports, as text: drawdown in points or units, times in ms."""
     found = report.summary
     flips = "/".join(_show(value, "{:.1f}") for value in (found.broken, found.repaired, found.other))
     return {
-        "base error": f"{100 * report.base_error:.2f} %",
+        f"base {report.error_name}": report.told(report.base_error),
         "success": f"{100 * found.success.value:.1f} %",
         "steps": _show(found.steps, "{:.2f}"),
-        "drawdown": _show(found.drawdown, "{:+.3f}"),
+        "drawdown": _show(found.drawdown, "{:+.3f}" if report.unit == "%" else "{:+.3g}"),
         "absolute": _interval(found.drawdown_absolute),
         "max": "" if found.drawdown_max is None else f"{found.drawdown_max:+.2f}",
         "broken/repaired/other": flips,

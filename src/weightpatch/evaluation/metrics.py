@@ -25,7 +25,12 @@ _CHUNK = 4_000_000  # indices drawn at once: 32 MB
 @final
 @dataclass(frozen=True)
 class Flips:
-    """How many answers changed: right to wrong, wrong to right, and wrong to another wrong one."""
+    """How many answers changed: for the worse, for the better, and neither.
+
+    With classes these go from right to wrong, from wrong to right, and from wrong to another wrong one. Answers of
+    several positions or tags are worse where more of them are wrong; numbers, where they moved by more than a tolerance
+    and are further off.
+    """
 
     broken: int
     repaired: int
@@ -37,16 +42,14 @@ class Flips:
         return self.broken + self.repaired + self.other
 
 
-def flips(before: Tensor, after: Tensor, labels: Tensor) -> Flips:
-    """Count the answers that changed between two vectors of classes, each of shape (n,), judged by the labels (n,)."""
-    if not before.shape == after.shape == labels.shape:
+def flips(changed: Tensor, before: Tensor, after: Tensor) -> Flips:
+    """Count the answers that changed, bool, by their losses before and after; three tensors of one shape."""
+    if not changed.shape == before.shape == after.shape:
         raise ShapeMismatch(
-            f"flips was given classes of shapes {tuple(before.shape)} and {tuple(after.shape)} and labels of shape "
-            f"{tuple(labels.shape)}; expected three equal shapes (n,)"
+            f"flips was given {tuple(changed.shape)} answers and losses of shapes {tuple(before.shape)} and "
+            f"{tuple(after.shape)}; expected three equal shapes"
         )
-    changed = before != after
-    broken = int((changed & (before == labels)).sum())
-    repaired = int((changed & (after == labels)).sum())
+    broken, repaired = int((changed & (after > before)).sum()), int((changed & (after < before)).sum())
     return Flips(broken, repaired, int(changed.sum()) - broken - repaired)
 
 

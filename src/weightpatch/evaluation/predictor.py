@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from .._calling import Inputs, Params, length, outputs, rows
+from ..likelihoods import Categorical, Likelihood
 from ..network import Network
 from .engines import Engine, Replayed, Traced
-from .screening import answers, margins, settle
+from .judging import Asked
+from .screening import Screen, settle
 
 __all__ = ["Drift", "FastPredictor", "Prediction", "Predictor", "SlowPredictor"]
 
@@ -22,21 +25,24 @@ _SAMPLE = 500
 _SCREENED = 2000  # items below which approximating first is not worth its overhead
 _GAIN = 0.6  # the share of the exact time that an approximation may take
 _LARGE = 2_000_000  # logits, above which float64 is not worth its time
+_EQUAL = 1e-4  # of the largest output: how far those of a trace may be off
+_FEW = 64  # items on which the rounding of passes that are not traced is seen
 _NEGLIGIBLE = 2e-3  # seconds for all items, below which nothing is gained
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """The answers of one model to the whole test set.
+    """What one model answers to the whole test set.
 
     Attributes:
-        classes: shape (n,); -1 where a logit is NaN.
+        outputs: (n, ..., k): its answers, and with them what changed and what is wrong, are those of full passes;
+            numbers are off by rounding.
         drift: mean KL(before || after) in nats, see `Predictor.drift_items`; NaN where it is not finite.
-        exact: how many items were computed exactly, the others being too far from a tie to need it.
+        exact: how many items were computed exactly, the others being too far from another answer to need it.
     """
 
-    classes: Tensor
+    outputs: Tensor
     drift: float
     exact: int
 
@@ -45,12 +51,14 @@ class Predictor(ABC):
     """Answers of edited models to one test set.
 
     Attributes:
-        base: the classes that the unedited model answers, shape (n,).
-        drift_items: on how many items, at random, the drift comes from exact logits. Where these are not all, it is the
-            mean over all items of what rough logits say, corrected by what they are off by on these.
+        base: the outputs of the unedited model, (n, ..., k), with the answers of full passes.
+        likelihood: what they mean, fitted on them.
+        drift_items: on how many items, at random, the drift comes from exact outputs. Where these are not all, it is
+            the mean over all items of what rough outputs say, corrected by what they are off by on these.
     """
 
     base: Tensor
+    likelihood: Likelihood
     drift_items: int
 
     @abstractmethod
@@ -62,23 +70,28 @@ class Predictor(ABC):
 class SlowPredictor(Predictor):
     """Copy the model, load the edited weights, run the whole test set: what every other way has to agree with."""
 
-    def __init__(self, model: nn.Module, network: Network, inputs: Inputs, batch_size: int) -> None:
+    def __init__(
+        self, model: nn.Module, network: Network, inputs: Inputs, batch_size: int, *, asked: Asked | None = None
+    ) -> None:
         self._model, self._network, self._inputs, self._batch_size = model, network, inputs, batch_size
-        before = self._logits(network.rounded(network.start))
-        self.base, self.drift_items, self._drift = answers(before), len(before), Drift(before)
+        self._asked = Asked() if asked is None else asked
+        self.base = self._outputs(network.rounded(network.start))
+        self.likelihood, counts = self._asked.read(self.base)
+        self.drift_items, self._drift = len(self.base), Drift(self.base, self.likelihood, counts)
 
     def predict(self, params: Params) -> Prediction:
         """Return the answers by a full pass."""
-        logits = self._logits(params)
-        return Prediction(answers(logits), self._drift.to(logits), len(logits))
+        found = self._outputs(params)
+        return Prediction(found, self._drift.to(found), len(found))
 
-    def _logits(self, params: Params) -> Tensor:
-        n, size = length(self._inputs), self._batch_size
+    def _outputs(self, params: Params) -> Tensor:
+        n, size, output = length(self._inputs), self._batch_size, self._asked.output
         with self._network.isolated(), torch.no_grad():
             edited = copy.deepcopy(self._model).eval()
             for name, value in params.items():
                 edited.get_parameter(name).copy_(value)
-            return torch.cat([outputs(edited, rows(self._inputs, slice(a, a + size))) for a in range(0, n, size)])
+            parts = (rows(self._inputs, slice(a, a + size)) for a in range(0, n, size))
+            return torch.cat([outputs(edited, part, output) for part in parts])
 
 
 @final
@@ -86,9 +99,10 @@ class FastPredictor(Predictor):
     """Run only what an edit can change, roughly first where that is faster, and exactly wherever it matters.
 
     What precedes the edited layers is recorded once. The rest runs on it with batch normalisation folded into
-    convolutions, first in bfloat16 where this is measured to be faster; items that this could answer wrongly run again
-    in float32 (see `settle`). Where that is closer to a tie than rounding resolves, a full pass of the item's batch
-    answers. Models that cannot be traced run as they are, with what precedes the edit replayed.
+    convolutions, first in bfloat16 where answers alone matter and this is measured to be faster; items that this could
+    answer wrongly run again in float32 (see `settle`). Where that is closer to another answer than rounding resolves, a
+    full pass of the item's batch answers; where a likelihood does not say how close that is, full passes answer all.
+    Models that cannot be traced run as they are, with what precedes the edit replayed.
 
     Args:
         model: the model, which is not touched.
@@ -96,78 +110,110 @@ class FastPredictor(Predictor):
         inputs: of the test set, n items.
         batch_size: of full passes.
         drift_items: how many items the drift was estimated on in the run that is continued; None for a new run.
+        asked: what is right and what outputs mean; classes when not given.
 
     Attributes:
         untraced_because: why the model runs as it is; empty where it is traced.
     """
 
     def __init__(
-        self, model: nn.Module, network: Network, inputs: Inputs, batch_size: int, drift_items: int | None = None
+        self,
+        model: nn.Module,
+        network: Network,
+        inputs: Inputs,
+        batch_size: int,
+        drift_items: int | None = None,
+        *,
+        asked: Asked | None = None,
     ) -> None:
         self._network, self._inputs, self._batch_size, n = network, inputs, batch_size, length(inputs)
+        self._asked = Asked() if asked is None else asked
         sample = torch.randperm(n, generator=torch.Generator().manual_seed(0), device="cpu")[:_SAMPLE]
         self._sample = sample.sort().values.to(network.device)
         with self._network.isolated(), torch.no_grad():
             start = network.rounded(network.start)
             self._fine = self._engine(model, start)
-            self._coarse = None if drift_items == n else self._faster(start, n, wanted=drift_items is not None)
+            found = self._fine.over(self._fine.weights(start))
+            exact = found if self._asked.discrete else self._whole(start, self._batch)
+            self.likelihood, counts = self._asked.read(exact)
+            self._says = self.likelihood.margin(found[:1], exact[:1]) is not None
+            if not self._says:
+                found = exact = self._whole(start, self._batch)
+            self._tie = self._resolved() if self._says else 0.0
+            self._screen = Screen(self.likelihood, exact)
+            self._drift = Drift(found, self.likelihood, counts)
+            screened = self._says and self._asked.discrete
+            self.base = self._untied(start, found.clone()) if screened else exact
+            self._coarse = None
+            if screened and drift_items != n:
+                self._coarse = self._faster(start, n, wanted=drift_items is not None)
             self.drift_items = n if self._coarse is None else len(self._sample)
-            logits = self._fine.over(self._fine.weights(start))
-            self.base, self._drift = self._untied(start, logits), Drift(logits)
             if self._coarse is not None:
-                self._coarse_drift = Drift(self._coarse.over(self._coarse.weights(start)))
+                self._coarse_drift = Drift(self._coarse.over(self._coarse.weights(start)), self.likelihood, counts)
 
     def predict(self, params: Params) -> Prediction:
         """Return the answers, as a full pass gives them."""
         with self._network.isolated(), torch.no_grad():
             if not all(bool(value.isfinite().all()) for value in params.values()):
                 # Fused rectifiers turn NaN into 0, where the model's own hand it on.
-                logits = torch.cat([self._full(params, i) for i in range(-(-len(self.base) // self._batch_size))])
-                return Prediction(answers(logits), self._drift.to(logits), len(logits))
+                found = self._whole(params, self._full)
+                return Prediction(found, self._drift.to(found), len(found))
+            if not self._says:
+                found = self._whole(params, self._batch)
+                return Prediction(found, self._drift.to(found), len(found))
             weights = self._fine.weights(params)
             if self._coarse is None:
-                logits = self._fine.over(weights)
-                return Prediction(self._untied(params, logits), self._drift.to(logits), len(logits))
+                found = self._fine.over(weights)
+                drift = self._drift.to(found)
+                return Prediction(self._untied(params, found), drift, len(found))
             coarse = self._coarse.over(self._coarse.weights(params))
-            logits, known = settle(coarse, lambda index: self._fine.some(weights, index), self._sample)
-            return Prediction(self._untied(params, logits), self._corrected(coarse, logits), int(known.sum()))
+            found, known = settle(coarse, lambda index: self._fine.some(weights, index), self._sample, self._screen)
+            drift = self._corrected(coarse, found)
+            return Prediction(self._untied(params, found), drift, int(known.sum()))
 
-    def _corrected(self, coarse: Tensor, logits: Tensor) -> float:
+    def _corrected(self, coarse: Tensor, found: Tensor) -> float:
         """Estimate the drift with the rough one as control variate: where nothing changed, both are 0."""
         rough = self._coarse_drift.each(coarse)
-        exact = self._drift.each(logits[self._sample], self._sample)
+        exact = self._drift.each(found[self._sample], self._sample)
         return float(rough.mean() + (exact - rough[self._sample]).mean())
 
-    def _untied(self, params: Params, logits: Tensor) -> Tensor:
-        """Answer as a full pass of their batches does what is as close to a tie as the order of rounding decides."""
-        classes = answers(logits)
-        tied = (~(margins(logits) > self._rounding * logits.abs().amax())).nonzero().squeeze(1)
+    def _untied(self, params: Params, found: Tensor) -> Tensor:
+        """Replace what is as close to another answer as the order of rounding decides by full passes of its batches."""
+        tied = (~(self._screen.margin(found) > self._tie * found.abs().amax())).nonzero().squeeze(1)
         for number in sorted(set((tied // self._batch_size).tolist())):
-            found = answers(self._batch(params, number))
-            classes[number * self._batch_size :][: len(found)] = found
-        return classes
+            exact = self._batch(params, number)
+            found[number * self._batch_size :][: len(exact)] = exact
+        return found
+
+    def _whole(self, params: Params, batch: Callable[[Params, int], Tensor]) -> Tensor:
+        return torch.cat([batch(params, i) for i in range(-(-length(self._inputs) // self._batch_size))])
 
     def _full(self, params: Params, number: int) -> Tensor:
-        start = number * self._batch_size
-        return outputs(self._network.full(params), rows(self._inputs, slice(start, start + self._batch_size)))
+        some = rows(self._inputs, slice(number * self._batch_size, (number + 1) * self._batch_size))
+        return outputs(self._network.full(params), some, self._asked.output)
 
     def _engine(self, model: nn.Module, start: Params) -> Engine:
-        """Return the fastest engine that gives the same logits, and note how far it rounds from them."""
-        exact, self.untraced_because = self._full(start, 0), ""
-        first = torch.arange(len(exact), device=exact.device)
+        """Return the fastest engine that gives the same outputs, and note how far it rounds from them."""
+        exact, self.untraced_because, output = self._full(start, 0), "", self._asked.output
+        first, largest = torch.arange(len(exact), device=exact.device), exact.abs().max().clamp_min(1e-30)
         try:
-            traced = Traced.of(model, self._network, self._inputs, self._batch_size)
-            self._rounding = _rounding(traced.some(traced.weights(start), first), exact)
+            traced = Traced.of(model, self._network, self._inputs, self._batch_size, output)
+            self._error = (traced.some(traced.weights(start), first) - exact) / largest
             self._batch = traced.batch if torch.equal(traced.batch(start, 0), exact) else self._full
-            if self._rounding < 1e-3:
+            if (off := float(self._error.abs().max())) < _EQUAL:
                 return traced
-            self.untraced_because = f"its logits are off by {self._rounding / 10:.1g} of the largest"
+            self.untraced_because = f"its outputs are off by {off:.1g} of the largest"
         except Exception as error:  # whatever goes wrong on the fast way, the plain one is left
             self.untraced_because = f"{type(error).__name__}: {error}"
-        replayed = Replayed(self._network, self._inputs, self._batch_size, self._sample)
-        self._rounding = _rounding(replayed.some(start, first[:64]), exact[:64])
+        replayed = Replayed(self._network, self._inputs, self._batch_size, self._sample, output)
+        self._error = (replayed.some(start, first[:_FEW]) - exact[:_FEW]) / largest
         self._batch = replayed.batch
         return replayed
+
+    def _resolved(self) -> float:
+        """Return ten times the error of outputs without an edit, relative to the largest: what counts as a tie."""
+        error = self._error.nan_to_num(0.0)
+        return max(1e-6, 10 * max(float(error.abs().max()), float(self.likelihood.reach(error).max())))
 
     def _faster(self, start: Params, n: int, *, wanted: bool) -> Engine | None:
         """Return a bfloat16 engine where it is faster, or is wanted anyway; else None."""
@@ -184,22 +230,27 @@ class FastPredictor(Predictor):
         return rough if wanted or (fine * n > _NEGLIGIBLE and coarse < _GAIN * fine) else None
 
 
-def _rounding(logits: Tensor, exact: Tensor) -> float:
-    """Return ten times the error of logits without an edit, relative to the largest: what counts as a tie."""
-    return max(1e-6, 10 * float((logits - exact).abs().max() / exact.abs().max()))
-
-
 @final
 class Drift:
-    """Mean KL(before || after) in nats, from one set of logits (n, classes) to many others.
+    """Mean KL(before || after) of a position in nats, from one set of outputs (n, ..., k) to many others.
 
-    ``KL = h(after) - h(before)`` with ``h(z) = log Σ exp z - Σ p z`` and p the probabilities before; exactly 0 where
-    nothing changed. In float64 where that is quick, since both sides are large.
+    For classes ``KL = h(after) - h(before)``, ``h(z) = log Σ exp z - Σ p z``, with p the probabilities before: 0
+    where nothing changed, exactly. In float64 where that is quick, since both sides are large.
+
+    Args:
+        before: outputs of the unedited model.
+        likelihood: what they mean, fitted; classes when not given.
+        counts: which positions count, (n, ...); all when not given.
     """
 
-    def __init__(self, before: Tensor) -> None:
+    def __init__(self, before: Tensor, likelihood: Likelihood | None = None, counts: Tensor | None = None) -> None:
         self._dtype = torch.float64 if before.numel() <= _LARGE else before.dtype
-        self._p = before.to(self._dtype).softmax(1)
+        self._likelihood = Categorical().fitted(before) if likelihood is None else likelihood
+        self._counts = counts
+        if not isinstance(self._likelihood, Categorical):
+            self._before = before.to(self._dtype)
+            return
+        self._p = self._likelihood.logits(before.to(self._dtype)).softmax(-1)
         self._certain = bool((self._p > 0).all())
         self._before = self._cross(before, self._p)
 
@@ -208,13 +259,24 @@ class Drift:
         return float(self.each(after).mean())
 
     def each(self, after: Tensor, index: Tensor | slice = slice(None)) -> Tensor:
-        """Return the divergence of each of the items in `index`, whose logits these are, shape (len(index),)."""
-        return self._cross(after, self._p[index]) - self._before[index]
+        """Return the divergence of each of the items in `index`, whose outputs these are, (len(index),).
 
-    def _cross(self, logits: Tensor, p: Tensor) -> Tensor:
-        z = logits.to(self._dtype)
+        Of several positions it is their sum, in units that make the mean over all items that over all positions.
+        """
+        if isinstance(self._likelihood, Categorical):
+            found = self._cross(after, self._p[index]) - self._before[index]
+        else:
+            found = self._likelihood.divergence(self._before[index], after.to(self._dtype))
+        if self._counts is None:
+            return found.reshape(len(found), -1).mean(1)
+        counted = found.where(self._counts[index], 0.0).reshape(len(found), -1).sum(1)
+        return counted * (len(self._counts) / self._counts.sum())
+
+    def _cross(self, outputs: Tensor, p: Tensor) -> Tensor:
+        assert isinstance(self._likelihood, Categorical)
+        z = self._likelihood.logits(outputs.to(self._dtype))
         finite = z if self._certain else z.where(p > 0, 0)  # p = 0 adds nothing, also at -inf
-        return z.logsumexp(1) - (p * finite).sum(1)
+        return z.logsumexp(-1) - (p * finite).sum(-1)
 
 
 def _seconds_an_item(engine: Engine, params: Params) -> float:

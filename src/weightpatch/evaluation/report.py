@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, final
 from .._terminal import console
 from ..editing import Result
 from ..errors import InvalidInput
+from ._plain import finite
 from .metrics import Estimate, Flips, bootstrap_mean, wilson
 
 if TYPE_CHECKING:
@@ -27,14 +28,16 @@ class Impact:
     """What an edited model answers on the whole test set.
 
     Attributes:
-        error: the share of wrong answers; an answer that is NaN is wrong.
-        flips: the answers that differ from those of the unedited model.
+        error: the figure of the report's likelihood, such as % of classes wrong; an answer that is NaN is wrong.
+        flips: the items whose answers differ from those of the unedited model.
         drift: mean KL(before || after) on the test set, nats, see `Report.drift_items`; None where it is not finite.
+        changed: the share of positions (tokens, pixels) that changed; None where an item is one of them.
     """
 
     error: float
     flips: Flips
     drift: float | None
+    changed: float | None = None
 
 
 @final
@@ -94,12 +97,13 @@ class Summary:
         already_satisfied: how many held already: 0-step no-ops, in no mean.
         success: share of edits that hold on the final weights.
         steps: mean number of updates; failures count with all the updates they made.
-        drawdown: mean of err(edited) - err(base), signed, in percentage points.
-        drawdown_absolute: mean of its absolute value, in percentage points.
-        drawdown_max: its largest value, in percentage points.
-        broken: mean number of test items that go from right to wrong.
-        repaired: mean number that go from wrong to right.
-        other: mean number that go from wrong to another wrong answer.
+        drawdown: mean of err(edited) - err(base), signed, in percentage points or units of the outputs.
+        drawdown_absolute: mean of its absolute value.
+        drawdown_max: its largest value.
+        broken: mean number of test items that change for the worse, as from right to wrong.
+        repaired: mean number that change for the better, as from wrong to right.
+        other: mean number that change otherwise, as from wrong to another wrong answer.
+        changed: mean share of positions that change; None where an item is one of them.
         drift: mean KL(before || after) on the test set, nats, over the edits where it is finite.
         generality: mean share of altered copies that are answered as demanded.
         seconds: mean seconds an edit.
@@ -116,6 +120,7 @@ class Summary:
     broken: Estimate | None
     repaired: Estimate | None
     other: Estimate | None
+    changed: Estimate | None
     drift: Estimate | None
     generality: Estimate | None
     seconds: Estimate
@@ -134,9 +139,12 @@ class Report:
         test_items: how many items the test set has.
         drift_items: on how many of them, a seeded sample, the drift comes from float32 logits. Where these are not all,
             it is the mean over all items from bfloat16 logits, corrected by what those are off by on the sample.
-        base_error: the share of wrong answers of the unedited model.
+        base_error: of the unedited model, in the figure of the likelihood, such as % of classes wrong.
         rows: one for every edit, in order.
         checkpoints: of edits that were applied one on another.
+        likelihood: what the outputs mean, with what it took from them.
+        error_name: what errors are called.
+        unit: of errors; that of their differences is percentage points where it is %.
     """
 
     editor: str
@@ -147,13 +155,16 @@ class Report:
     base_error: float
     rows: tuple[Row, ...]
     checkpoints: tuple[Checkpoint, ...] = ()
+    likelihood: str = "Categorical()"
+    error_name: str = "error"
+    unit: str = "%"
 
     @cached_property
     def summary(self) -> Summary:
         """Means over the edits, with intervals."""
         rows = [row for row in self.rows if row.result is not Result.already_satisfied]
         impacts = [row.impact for row in rows if row.impact is not None]
-        drawdowns = [100 * (impact.error - self.base_error) for impact in impacts]
+        drawdowns = [impact.error - self.base_error for impact in impacts]
         peaks = [row.peak_bytes for row in rows if row.peak_bytes is not None]
         return Summary(
             edits=len(rows),
@@ -166,6 +177,7 @@ class Report:
             broken=_mean(impact.flips.broken for impact in impacts),
             repaired=_mean(impact.flips.repaired for impact in impacts),
             other=_mean(impact.flips.other for impact in impacts),
+            changed=_mean(impact.changed for impact in impacts if impact.changed is not None),
             drift=_mean(impact.drift for impact in impacts if impact.drift is not None),
             generality=_mean(row.generality for row in rows if row.generality is not None),
             seconds=bootstrap_mean([row.seconds for row in rows]),
@@ -176,11 +188,19 @@ class Report:
         found, text = self.summary, f"Report({self.editor} on {', '.join(self.parameters)}, {self.protocol}: "
         text += f"{found.edits} edits, success {100 * found.success.value:.1f} %, {found.steps.value:.2f} steps"
         if found.drawdown is not None:
-            text += f", drawdown {found.drawdown.value:+.3f} pp"
+            text += f", drawdown {self.moved(found.drawdown.value)}"
         if self.checkpoints:
             last = self.checkpoints[-1]
             text += f", {last.retained} of {last.edits} retained"
-        return text + f", base error {100 * self.base_error:.2f} %)"
+        return text + f", base {self.error_name} {self.told(self.base_error)})"
+
+    def told(self, error: float) -> str:
+        """Return an error with its unit."""
+        return f"{error:.2f} %" if self.unit == "%" else f"{error:.4g} {self.unit}".rstrip()
+
+    def moved(self, difference: float) -> str:
+        """Return a difference of errors with its sign and unit."""
+        return f"{difference:+.3f} pp" if self.unit == "%" else f"{difference:+.3g} {self.unit}".rstrip()
 
     def __str__(self) -> str:
         shown = console(width=100, record=False, force_terminal=False, no_color=True)
@@ -202,7 +222,7 @@ class Report:
         content["summary"] = asdict(self.summary)
         content["rows"] = [encode_row(row) for row in self.rows]
         content["checkpoints"] = [asdict(checkpoint) for checkpoint in self.checkpoints]
-        return json.dumps(_finite(content), indent=1, allow_nan=False)
+        return json.dumps(finite(content), indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -252,15 +272,6 @@ def _mean(values: Iterable[float]) -> Estimate | None:
     return bootstrap_mean(found) if found else None
 
 
-def _finite(value: Any) -> Any:
-    """Replace NaN, which JSON does not have, by null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _summary_table(report: Report) -> Table:
     from rich.table import Table
 
@@ -276,15 +287,16 @@ def _summary_table(report: Report) -> Table:
         if estimate is not None and not math.isnan(estimate.value):
             table.add_row(name, show(estimate.value), f"{show(estimate.low)} to {show(estimate.high)}")
 
-    table.add_row("base error", _percent(report.base_error), f"{report.test_items} test items")
+    table.add_row(f"base {report.error_name}", report.told(report.base_error), f"{report.test_items} test items")
     add("success", found.success, _percent)
     add("steps", found.steps, "{:.2f}".format)
-    add("drawdown, signed", found.drawdown, _points)
-    add("drawdown, absolute", found.drawdown_absolute, _points)
+    add("drawdown, signed", found.drawdown, report.moved)
+    add("drawdown, absolute", found.drawdown_absolute, report.moved)
     if found.drawdown_max is not None:
-        table.add_row("drawdown, largest", _points(found.drawdown_max), "")
+        table.add_row("drawdown, largest", report.moved(found.drawdown_max), "")
     for name in ("broken", "repaired", "other"):
         add(f"answers {name}", getattr(found, name), "{:.2f}".format)
+    add("positions changed", found.changed, _percent)
     add("drift", found.drift, "{:.3g} nats".format)
     add("generality", found.generality, _percent)
     add("seconds an edit", found.seconds, "{:.3g}".format)
@@ -303,14 +315,10 @@ def _checkpoint_table(report: Report) -> Table:
         impact = point.impact
         flipped = (str(getattr(impact.flips, name)) for name in ("broken", "repaired", "other"))
         drift = "not finite" if impact.drift is None else f"{impact.drift:.3g} nats"
-        drawdown = _points(100 * (impact.error - report.base_error))
+        drawdown = report.moved(impact.error - report.base_error)
         table.add_row(str(point.edits), _percent(point.retention.value), drawdown, *flipped, drift)
     return table
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.2f} %"
-
-
-def _points(value: float) -> str:
-    return f"{value:+.3f} pp"

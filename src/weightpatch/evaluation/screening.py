@@ -1,38 +1,63 @@
-"""Exact answers from approximate logits: whatever could differ is computed again, exactly."""
+"""Exact answers from approximate outputs: whatever could differ is computed again, exactly."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
 
-__all__ = ["answers", "margins", "settle", "spread"]
+from ..likelihoods import Categorical, Likelihood
+
+__all__ = ["Screen", "margins", "settle"]
 
 SAFETY = 2.0
 
 
+@final
+@dataclass(frozen=True, eq=False)
+class Screen:
+    """How near items are to another verdict, by a likelihood that says so.
+
+    Attributes:
+        likelihood: fitted.
+        before: outputs of the unedited model, (n, ..., k).
+    """
+
+    likelihood: Likelihood
+    before: Tensor
+
+    def margin(self, outputs: Tensor) -> Tensor:
+        """Return how far the nearest position of each item is from changing its verdict, (n,); NaN for NaN."""
+        if isinstance(self.likelihood, Categorical):
+            found = margins(outputs.movedim(self.likelihood.dim or -1, -1))
+        else:
+            told = self.likelihood.margin(outputs, self.before)
+            assert told is not None
+            found = told
+        return found.reshape(len(found), -1).amin(1)
+
+    def reach(self, error: Tensor) -> Tensor:
+        """Return by how much errors of outputs, (m, ..., k), move a margin at most, (): NaN where one is NaN."""
+        return self.likelihood.reach(error).amax()
+
+
 def margins(logits: Tensor) -> Tensor:
-    """Return by how much the best class beats the second, shape (n,); NaN where a logit is NaN or both are infinite."""
-    best, index = logits.max(1, keepdim=True)
-    second = logits.scatter_(1, index, -torch.inf).amax(1)  # in place and back: a copy would take most of the time
-    logits.scatter_(1, index, best)
-    return best.squeeze(1) - second
+    """Return by how much the best class of each position beats the second; `Categorical.margin`, but quicker.
+
+    Args:
+        logits: (n, ..., classes), which are changed on the way, and back.
+    """
+    best, index = logits.max(-1, keepdim=True)
+    second = logits.scatter_(-1, index, -torch.inf).amax(-1)  # in place and back: a copy would take most of the time
+    logits.scatter_(-1, index, best)
+    return best.squeeze(-1) - second
 
 
-def spread(difference: Tensor) -> Tensor:
-    """Return the most that a margin can be off by, shape (n,), from the errors of an item's logits (n, classes)."""
-    return difference.amax(1) - difference.amin(1)
-
-
-def answers(logits: Tensor) -> Tensor:
-    """Return the class of each item, shape (n,); -1, which is no class, where a logit is NaN."""
-    best, index = logits.max(1)
-    return index.where(~best.isnan(), -1)
-
-
-def settle(coarse: Tensor, exact: Callable[[Tensor], Tensor], sample: Tensor) -> tuple[Tensor, Tensor]:
-    """Replace approximate logits (n, classes) by exact ones wherever the approximation could change an answer.
+def settle(coarse: Tensor, exact: Callable[[Tensor], Tensor], sample: Tensor, screen: Screen) -> tuple[Tensor, Tensor]:
+    """Replace approximate outputs (n, ..., k) by exact ones wherever the approximation could change an answer.
 
     The error is bounded by `SAFETY` times the largest one seen: on `sample`, which is always computed exactly, and on
     every item computed exactly because its margin is within the bound. Where those err more than was assumed the bound
@@ -40,13 +65,14 @@ def settle(coarse: Tensor, exact: Callable[[Tensor], Tensor], sample: Tensor) ->
     finite is never trusted.
 
     Returns:
-        The logits, and which items are exact, (n,) bool.
+        The outputs, and which items are exact, (n,) bool.
     """
-    logits, known = coarse.clone(), torch.zeros(len(coarse), dtype=torch.bool, device=coarse.device)
-    gap, bound, todo = margins(coarse), torch.zeros((), device=coarse.device), sample
+    found, known = coarse.clone(), torch.zeros(len(coarse), dtype=torch.bool, device=coarse.device)
+    trusted = coarse.isfinite().reshape(len(coarse), -1).all(1)
+    gap, bound, todo = screen.margin(coarse), torch.zeros((), device=coarse.device), sample
     while len(todo):
-        logits[todo] = exact(todo)
+        found[todo] = exact(todo)
         known[todo] = True
-        bound = torch.maximum(bound, SAFETY * spread(coarse[todo] - logits[todo]).max())
-        todo = (~known & ~(gap > bound)).nonzero().squeeze(1)
-    return logits, known
+        bound = torch.maximum(bound, SAFETY * screen.reach(coarse[todo] - found[todo]))
+        todo = (~known & ~(trusted & (gap > bound))).nonzero().squeeze(1)
+    return found, known

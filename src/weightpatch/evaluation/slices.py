@@ -55,9 +55,9 @@ def counted(name: str, before: Tensor, after: Tensor, labels: Tensor, mask: Tens
     """
     if mask is not None:
         before, after, labels = before[mask], after[mask], labels[mask]
-    found = flips(before, after, labels)
-    wrong = int((before != labels).sum())
-    return Paired(name, len(labels), found.broken, found.repaired, wrong, found.other)
+    wrong, still = before != labels, after != labels
+    found = flips(before != after, wrong.double(), still.double())
+    return Paired(name, len(labels), found.broken, found.repaired, int(wrong.sum()), found.other)
 
 
 def _values(column: str, given: Column, n: int) -> list[Hashable]:

@@ -19,6 +19,7 @@ from .guessing import ROUNDING, Lost, sure_tokens
 
 __all__ = ["ByLogits", "ByStates", "Forced", "Readout", "Standing", "asked", "mean_divergence", "standing_of"]
 
+_CLASSES = Categorical(-1, Of.logits)
 _SAMPLED = 1024  # tokens, of those that moved, on which the divergence is measured
 _AT_ONCE = 2**23  # logits
 _AT_A_TIME = 512  # tokens: fewer take as long each, more are looked at in vain
@@ -165,7 +166,7 @@ class ByStates(Standing):
 
     def _spreads(self, logits: Tensor) -> Tensor:
         """Return tr C of every token, (tokens,), never quite 0."""
-        p, squares = logits.softmax(-1), self._weight.square().sum(1)
+        p, squares = _CLASSES.probabilities(logits), self._weight.square().sum(1)
         found = p @ squares - (p @ self._weight).square().sum(1)
         return found.clamp_min(1e-6 * float(squares.max()))
 
@@ -212,7 +213,7 @@ class ByStates(Standing):
         return total
 
     def _divergences(self, some: Tensor, after: Tensor) -> Tensor:
-        return Categorical(-1, Of.logits).divergence(self._before[some] @ self._weight.T + self._bias, after)
+        return _CLASSES.divergence(self._before[some] @ self._weight.T + self._bias, after)
 
     def _parts(self, some: Tensor) -> list[Tensor]:
         size = max(1, _AT_ONCE // len(self._weight))
@@ -265,7 +266,7 @@ def mean_divergence(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
         after: the same of an edited model.
     """
     pairs = zip(before, after, strict=True)
-    total = sum(float(Categorical(-1, Of.logits).divergence(old, new).sum(dtype=torch.float64)) for old, new in pairs)
+    total = sum(float(_CLASSES.divergence(old, new).sum(dtype=torch.float64)) for old, new in pairs)
     return total / max(1, sum(map(len, before)))  # none where every token is forced
 
 

@@ -8,7 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, fx, nn
 
-from .._calling import Inputs, Params, length, outputs, rows
+from .._calling import Inputs, Output, Params, length, read, rows, selected
 from .products import Shortcut
 from .steps import Convolution, Step, Whole, fused_steps, plain_steps
 
@@ -26,20 +26,22 @@ class Trace:
     Args:
         model: a private clone in eval mode.
         names: the edited parameters, by the model's own names.
+        output: which tensor of a structured answer is meant.
         whole: treat everything behind the inputs as changed, so that nothing but the inputs has to be recorded.
 
     Raises:
         Exception: of any kind, where the forward pass cannot be traced: it branches on values, or computes with shapes.
     """
 
-    def __init__(self, model: nn.Module, names: tuple[str, ...], *, whole: bool = False) -> None:
+    def __init__(self, model: nn.Module, names: tuple[str, ...], *, whole: bool = False, output: Output = None) -> None:
         if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
             raise TypeError("its modules have forward hooks, which a trace leaves out")
         graph = fx.Tracer().trace(model)
         own = dict(model.named_parameters(remove_duplicate=False))
         edited = {id(own[name]): name for name in names}
         self.inputs = [node for node in graph.nodes if node.op == "placeholder"]
-        (self.result,) = (node.args[0] for node in graph.nodes if node.op == "output")
+        (answer,) = (node.args[0] for node in graph.nodes if node.op == "output")
+        self.result, self.finds = _meant(answer, output)
         steps = plain_steps([n for n in graph.nodes if n.op not in ("placeholder", "output")], model, edited)
         changed: set[fx.Node] = set()
         for step in steps:
@@ -201,8 +203,7 @@ class Suffix:
             self._advance(step, weights, values)
             for node in self._last.get(step.node, ()):
                 del values[node]
-        found = values[self.trace.result]
-        return outputs(lambda: found, ())
+        return selected(values[self.trace.result], self.trace.finds)
 
     def first(self, prepared: Prepared) -> Tensor:
         """Return the logits of as many items as are run at once."""
@@ -217,6 +218,17 @@ class Suffix:
         """Return the logits of the items in `index`, shape (len(index), classes), float32."""
         parts: tuple[Tensor, ...] = torch.split(index, self._chunk)
         return torch.cat([self.run(prepared, self._recorded.take(part)) for part in parts])
+
+
+def _meant(answer: Any, output: Output) -> tuple[fx.Node, Output]:
+    """Return the node of the tensor that is meant, and what is left to do with its value."""
+    found = answer
+    if not isinstance(answer, fx.Node):
+        found = read(answer) if output is None else answer[output] if not callable(output) else None
+        output = None
+    if not isinstance(found, fx.Node) or isinstance(output, (str, int)):
+        raise TypeError("the model's answer is not one tensor, or one of a tuple or mapping")
+    return found, output
 
 
 def _advance(step: Step, weights: Any, values: dict[fx.Node, Any]) -> None:

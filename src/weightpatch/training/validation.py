@@ -113,7 +113,7 @@ class Validation:
         means = [float("nan") if part is None else part.value for part in (found.drawdown, found.drift)]
         generality = None if found.generality is None else found.generality.value
         success, steps = found.success.value, found.steps.value
-        return Figures(step, 100 * report.base_error, success, means[0], means[1], steps, generality, *since)
+        return Figures(step, report.base_error, success, means[0], means[1], steps, generality, *since)
 
     def _base_drift(self, function: Function, reference: Tensor) -> tuple[float, float]:
         """Return the agreement and the KL of the network with the original, before any edit."""

@@ -33,7 +33,7 @@ def comparison_page(
         comparison: what `compare` returned.
         title: the page's heading, such as "v41 -> v42".
         inputs: the test set's inputs, in the order of the comparison.
-        classes: the classes' names.
+        classes: the names of the classes, tags or outputs.
         picture: how to draw one input: a function of the item, without its batch dimension, to pixels (height, width)
             or (height, width, 3), bytes or numbers from 0 to 1. When not given, inputs (n, 1 or 3, height, width) are
             drawn with each channel stretched over its range in the test set, and others by their row alone.
@@ -43,9 +43,9 @@ def comparison_page(
         MissingExtra: Jinja2 or matplotlib is not installed.
     """
     place = page_path(path)
-    if length(inputs) != comparison.n:
+    if length(inputs) != len(comparison.before):
         raise ShapeMismatch(
-            f"the comparison has {comparison.n} items and the inputs {length(inputs)}; expected the same"
+            f"the comparison has {len(comparison.before)} items and the inputs {length(inputs)}; expected the same"
         )
     view = {"title": title, "changes": changes(comparison, inputs, Names(classes), picture)}
     facts = {"title": title, "classes": list(classes), "comparison": comparison.to_json()}

@@ -11,13 +11,15 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from ..._calling import Function, length
+from ..._calling import Function, Output, length
 from ...constraints import Constraint
 from ...editing import Edit
+from ...likelihoods import Likelihood
 from ...network import Network, preserved_rng, structural_clone
 from ...patches import Patch
-from ..comparison import Comparison, TestSet, check_labels, compare
+from ..comparison import Comparison, compare
 from ..curve import STRENGTHS, Curve, between, places, sweep
+from ..judging import TestSet, check_targets
 from ..report import Report
 from ._changes import Changes, changes
 from ._made import facts, made
@@ -44,6 +46,8 @@ def edit_page(
     classes: Sequence[str] = (),
     picture: Picture | None = None,
     tables: Sequence[tuple[str, Report]] = (),
+    likelihood: Likelihood | None = None,
+    output: Output = None,
 ) -> Path:
     """Write what an edit did as an HTML page, with every number in a JSON file beside it; return the page's path.
 
@@ -54,19 +58,22 @@ def edit_page(
         model: the model that was edited, without the patch.
         edit: what `weightpatch.edit` returned for it.
         constraint: what was asked; the edit's own when not given.
-        test: labelled items on which to measure what else changed.
-        classes: the classes' names.
+        test: inputs and what is right, as `compare` takes them, on which to measure what else changed.
+        classes: the names of the classes, tags or outputs.
         picture: how to draw one input; see `comparison_page`.
         tables: results of `weightpatch.evaluate` to show beside, each with a title.
+        likelihood: what the outputs mean, see `compare`.
+        output: which tensor of a structured answer is meant, see `compare`.
 
     Raises:
         InvalidInput: the test set cannot be used, or the path is not that of a page.
         MissingExtra: Jinja2 or matplotlib is not installed.
     """
     place = page_path(path)
-    check_labels(test[1], length(test[0]))
+    check_targets(test[1], length(test[0]))
     names = Names(classes)
-    found = _measure(model, edit, edit.constraint if constraint is None else constraint, test, names, picture)
+    reading = Reading(likelihood, output)
+    found = _measure(model, edit, edit.constraint if constraint is None else constraint, test, names, picture, reading)
     seen = changes(found.comparison, test[0], names, picture, found.asked)
     view = {
         "edit": edit,
@@ -92,26 +99,42 @@ class Measured:
     curve: Curve | None
 
 
+@final
+@dataclass(frozen=True)
+class Reading:
+    """What of a model's answer is meant, and what it means."""
+
+    likelihood: Likelihood | None
+    output: Output
+
+
 def _measure(
-    model: nn.Module, edit: Edit, constraint: Constraint, test: TestSet, classes: Names, picture: Picture | None
+    model: nn.Module,
+    edit: Edit,
+    constraint: Constraint,
+    test: TestSet,
+    classes: Names,
+    picture: Picture | None,
+    reading: Reading,
 ) -> Measured:
     with preserved_rng(), torch.no_grad():
-        before, after, bound, comparison, curve = _both(model, edit.patch, constraint, test)
+        before, after, bound, comparison, curve = _both(model, edit.patch, constraint, test, reading)
         kinds = demands(constraint, bound, before, after)
         shown, asked = mistakes(bound, before, after, classes, picture, test[0], _MISTAKES)
     return Measured(kinds, shown, frozenset(asked), comparison, curve)
 
 
 def _both(
-    model: nn.Module, patch: Patch | None, constraint: Constraint, test: TestSet
+    model: nn.Module, patch: Patch | None, constraint: Constraint, test: TestSet, reading: Reading
 ) -> tuple[Function, Function, Constraint, Comparison, Curve | None]:
     """Return the model before and after, the bound constraint, and what differs on the test set."""
     if patch is None or not patch.operations:
         same = structural_clone(model)
-        return same, same, constraint.bind(same), compare(same, same, test, batch_size=_BATCH), None
+        found = compare(same, same, test, likelihood=reading.likelihood, output=reading.output, batch_size=_BATCH)
+        return same, same, constraint.bind(same), found, None
     network = Network(model, places(model, patch))
     bound = constraint.bind(network.before)
-    curve, comparison = sweep(network, patch, bound, test, STRENGTHS, _BATCH)
+    curve, comparison = sweep(network, patch, bound, test, STRENGTHS, _BATCH, reading.likelihood, reading.output)
     return network.before, network.at(between(network, patch, 1.0)), bound, comparison, curve
 
 

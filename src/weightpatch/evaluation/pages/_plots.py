@@ -90,21 +90,21 @@ def drawdown_line(curve: Curve) -> str:
     return _draw("drawdown", paint)
 
 
-def histogram(shift: Tensor) -> str:
-    """Draw how far the probability of the earlier answer moved, as SVG; items are on a logarithmic scale."""
-    values = shift.double().numpy()
-    reach = max(float(np.abs(values).max()), 1e-6)
+def histogram(shift: Tensor, what: str = "change of probability") -> str:
+    """Draw how far items moved, as SVG, those whose move is finite; items are on a logarithmic scale."""
+    values = shift[shift.isfinite()].double().numpy()
+    reach = max(float(np.abs(values).max(initial=0.0)), 1e-6)
     counts, edges = np.histogram(values, _COLUMNS, (-reach, reach))
     colours = [_WAS if i == _COLUMNS // 2 else _NOW for i in range(_COLUMNS)]
 
     def paint(axes: Axes) -> None:
         axes.bar((edges[:-1] + edges[1:]) / 2, counts, 1.76 * reach / _COLUMNS, color=colours, log=True)
         # One item has to be seen too, so the axis starts below 1
-        axes.set_ylim(0.6, 10 ** max(1.0, np.ceil(np.log10(counts.max()))))
+        axes.set_ylim(0.6, 10 ** max(1.0, np.ceil(np.log10(max(1, counts.max())))))
         axes.locator_params("x", nbins=4)
         axes.xaxis.set_major_formatter(_signed)
         axes.yaxis.set_major_formatter("{x:,.0f}")
-        axes.set_xlabel("change of probability; items on a logarithmic scale")
+        axes.set_xlabel(f"{what}; items on a logarithmic scale")
 
     return _draw("shift", paint, height=3.2)
 

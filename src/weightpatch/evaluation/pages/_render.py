@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any
 
 from ..._version import __version__
 from ...errors import InvalidInput, MissingExtra
+from .._plain import finite
 from ._plots import require_matplotlib
 from ._words import FILTERS
 
-__all__ = ["finite", "page_path", "write"]
+__all__ = ["page_path", "write"]
 
 _TEMPLATES = Path(__file__).parents[1] / "templates"
 
@@ -43,15 +43,6 @@ def write(path: Path, template: str, view: Mapping[str, Any], facts: Mapping[str
     _put(numbers, plain + "\n")
     _put(path, text)
     return path
-
-
-def finite(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON does not have, by null."""
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _engine() -> Any:

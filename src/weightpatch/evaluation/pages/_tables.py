@@ -8,7 +8,7 @@ from typing import final
 
 from ..metrics import Estimate
 from ..report import Report
-from ._words import count, decimal, percent, plural, points, seconds, size
+from ._words import Scale, count, decimal, percent, plural, points, seconds, size
 
 __all__ = ["Table", "table"]
 
@@ -34,15 +34,21 @@ def table(title: str, report: Report) -> Table:
 
 def _rows(report: Report) -> Iterator[tuple[str, str, str]]:
     found = report.summary
-    yield "base error", percent(report.base_error, 2), f"{count(report.test_items)} test items"
+    scale = Scale(report.unit)
+    yield f"base {report.error_name}", scale.value(report.base_error), f"{count(report.test_items)} test items"
+
+    def moved(value: float) -> str:
+        return f"{points(value, 3) if report.unit == '%' else scale.change(value)} {scale.points}".rstrip()
+
     estimates = (
         ("success", found.success, lambda v: percent(v)),
         ("steps", found.steps, lambda v: decimal(v)),
-        ("drawdown, signed", found.drawdown, lambda v: f"{points(v, 3)} points"),
-        ("drawdown, absolute", found.drawdown_absolute, lambda v: f"{decimal(v, 3)} points"),
+        ("drawdown, signed", found.drawdown, moved),
+        ("drawdown, absolute", found.drawdown_absolute, lambda v: moved(v).lstrip("+")),
         ("broken answers", found.broken, lambda v: decimal(v)),
         ("repaired answers", found.repaired, lambda v: decimal(v)),
         ("other flips", found.other, lambda v: decimal(v)),
+        ("positions changed", found.changed, lambda v: percent(v, 2)),
         ("drift", found.drift, lambda v: f"{v:.2g} nats"),
         ("generality", found.generality, lambda v: percent(v)),
         ("time an edit", found.seconds, seconds),
@@ -51,6 +57,6 @@ def _rows(report: Report) -> Iterator[tuple[str, str, str]]:
         if isinstance(estimate, Estimate) and estimate.value == estimate.value:
             yield name, show(estimate.value), f"{show(estimate.low)} to {show(estimate.high)}"
         if name == "drawdown, absolute" and found.drawdown_max is not None:
-            yield "drawdown, largest", f"{points(found.drawdown_max, 3)} points", ""
+            yield "drawdown, largest", moved(found.drawdown_max), ""
     if found.peak_bytes is not None:
         yield "peak memory", size(found.peak_bytes), ""

@@ -9,7 +9,7 @@ from typing import Any, final
 
 from ..metrics import Estimate
 
-__all__ = ["FILTERS", "Names", "plural", "points"]
+__all__ = ["FILTERS", "Names", "Scale", "plural", "points"]
 
 _MINUS, _THIN, _NOTHING = "\u2212", "\u2009", "\u2013"
 
@@ -17,14 +17,46 @@ _MINUS, _THIN, _NOTHING = "\u2212", "\u2009", "\u2013"
 @final
 @dataclass(frozen=True)
 class Names:
-    """The names of the classes; a class without one is called by its number."""
+    """The names of the classes, tags or outputs; one without a name is called by its number."""
 
     classes: Sequence[str]
+    group: str = "class"
 
     def __getitem__(self, answer: int) -> str:
         if answer < 0:
             return "no answer"
-        return str(self.classes[answer]) if answer < len(self.classes) else f"class {answer}"
+        return str(self.classes[answer]) if answer < len(self.classes) else f"{self.group} {answer}"
+
+
+@final
+@dataclass(frozen=True)
+class Scale:
+    """How figures are written: percent with two digits, others with three significant ones and their unit."""
+
+    unit: str
+
+    def value(self, value: float | None) -> str:
+        """Return `7.12 %`, or `0.127 kg`."""
+        return f"{self.bare(value)} {self.unit}".rstrip()
+
+    def bare(self, value: float | None) -> str:
+        """Return the same without its unit."""
+        return decimal(value) if self.unit == "%" else number(value)
+
+    def change(self, value: float | None) -> str:
+        """Return a signed difference without its unit."""
+        if self.unit == "%":
+            return points(value)
+        return ("+" if value is not None and math.isfinite(value) and value > 0 else "") + number(value)
+
+    def interval(self, estimate: Estimate) -> str:
+        """Return `−0.03 to +0.07`."""
+        return f"{self.change(estimate.low)} to {self.change(estimate.high)}"
+
+    @property
+    def points(self) -> str:
+        """The unit of a difference."""
+        return "points" if self.unit == "%" else self.unit
 
 
 def plural(number: int, one: str, many: str = "") -> str:
