@@ -22,4 +22,4 @@ def _threads() -> None:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    torch.manual_seed(0)  # what a test draws does not depend on which tests ran before
+    zoo.seed()  # what a test draws does not depend on which tests ran before

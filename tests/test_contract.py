@@ -1,142 +1,325 @@
-"""One table: every editor keeps every promise on every kind of model."""
+"""One table: every editor keeps every promise on every kind of model, and every constraint is met by what edits."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
 
 import pytest
+import tiny_text as tiny
 import torch
 import zoo
+from torch import Tensor, nn
 
 import weightpatch as wp
-from weightpatch.constraints import Classified
+from weightpatch.constraints import All, Classified, Constraint, Kept, Preferred, Says, Seq2SeqFrame, Within
 from weightpatch.editing import Result
+from weightpatch.editors import KeyValue, MinimumNorm, Preconditioned, Retry, Shrink
+from weightpatch.errors import ConflictingConstraints
 from weightpatch.statistics import second_moments
 
-EDITORS = (
-    wp.editors.GradientDescent(lr=0.1, max_steps=200),
-    wp.editors.ScaledGradientDescent(lr=0.2, max_steps=200),
-    wp.editors.RProp(lr=0.01, max_steps=200),
-    wp.editors.RMSProp(lr=0.01, max_steps=200),
-    wp.editors.Momentum(lr=0.05, max_steps=200),
-    wp.editors.Adam(lr=0.01, max_steps=200),
-    wp.editors.MinimumNorm(),
-    wp.editors.GaussNewton(max_steps=50),
-    wp.editors.Shrink(wp.editors.RMSProp(lr=0.02, max_steps=200)),
-    wp.editors.Retry((wp.editors.GradientDescent(lr=1e-9, max_steps=1), wp.editors.Adam(lr=0.01, max_steps=200))),
-    wp.editors.LowRank(wp.editors.Adam(lr=0.02, max_steps=200), rank=2),
-    wp.editors.Bounded(wp.editors.Adam(lr=0.03, max_steps=200), radius=0.025),
-)
+LINEAR = {"mlp": "3", "encoder": "layers.layers.1.linear2", "tied": "hidden", "bf16": "3"}  # its weight may move
+GATED = {**LINEAR, "resnet": "fc", "weight-normed": "2"}
+MEASURED = ("mlp", "bf16")  # norms, embeddings and parametrisations have no metric; tests/editors has layers of these
+Made = Callable[[zoo.Case, nn.Module, Callable[[int], Tensor]], wp.editors.Editor]
 
 
-METRIC = (
-    lambda metric: wp.editors.Preconditioned(metric=metric, max_steps=200),
-    lambda metric: wp.editors.Preconditioned(metric=metric, max_steps=200, line_search=4),
-    lambda metric: wp.editors.Shrink(wp.editors.Preconditioned(metric=metric, max_steps=200)),
-    lambda metric: wp.editors.MinimumNorm(metric=metric),
-    lambda metric: wp.editors.GaussNewton(metric=metric, max_steps=50),
-)
+@dataclass(frozen=True)
+class Row:
+    """An editor of the table.
+
+    Attributes:
+        name: of the row.
+        make: the editor, for a case, its model, and what draws inputs of it.
+        cases: the names of those for which there is one.
+        keeps: whether it needs something to keep.
+    """
+
+    name: str
+    make: Made
+    cases: tuple[str, ...] = tuple(case.name for case in zoo.CASES)
+    keeps: bool = False
 
 
-LAYERS = {"mlp": "3", "encoder": "layers.layers.1.linear2", "tied": "hidden", "bf16": "3"}
+def plain(editor: wp.editors.Editor, name: str = "", **facts: Any) -> Row:
+    return Row(name or type(editor).__name__, lambda case, model, inputs: editor, **facts)
 
 
-def key_value(
-    preset: str, metric: Mapping[str, float] = MappingProxyType({}), **settings: float
-) -> Callable[[zoo.Case], wp.editors.Editor]:
-    """Return what makes the editor for the linear layer of a case, or skips where there is none."""
+def with_metric(name: str, make: Callable[..., wp.editors.Editor]) -> Row:
+    def made(case: zoo.Case, model: nn.Module, inputs: Callable[[int], Tensor]) -> wp.editors.Editor:
+        return make(metric=second_moments(model, inputs(40), parameters=case.parameters).metric())
 
-    def make(case: zoo.Case) -> wp.editors.Editor:
-        if case.name not in LAYERS:
-            pytest.skip("no linear layer whose weight may move")
-        layer = LAYERS[case.name]
-        if preset == "ultraedit":
-            return wp.editors.KeyValue.ultraedit(layer)
-        moments = second_moments(case.model(), case.inputs(40), parameters=f"{layer}.weight")
-        return getattr(wp.editors.KeyValue, preset)(layer, moments.metric(**metric), **settings)
-
-    make.__name__ = preset
-    return make
+    return Row(name, made, MEASURED)
 
 
-KEY_VALUE = (
+def key_value(preset: str, metric: Mapping[str, float] | None = None, **settings: float) -> Row:
+    def made(case: zoo.Case, model: nn.Module, inputs: Callable[[int], Tensor]) -> wp.editors.Editor:
+        layer = LINEAR[case.name]
+        moments = second_moments(model, inputs(40), parameters=f"{layer}.weight")
+        return getattr(KeyValue, preset)(layer, moments.metric(**metric or {}), **settings)
+
+    return Row(preset, made, tuple(LINEAR))
+
+
+ROWS = (
+    plain(wp.editors.GradientDescent(lr=0.1, max_steps=200)),
+    plain(wp.editors.ScaledGradientDescent(lr=0.2, max_steps=200)),
+    plain(wp.editors.RProp(lr=0.01, max_steps=200)),
+    plain(wp.editors.RMSProp(lr=0.01, max_steps=200)),
+    plain(wp.editors.Momentum(lr=0.05, max_steps=200)),
+    plain(wp.editors.Adam(lr=0.01, max_steps=200)),
+    plain(MinimumNorm()),
+    plain(wp.editors.GaussNewton(max_steps=50)),
+    plain(Shrink(wp.editors.RMSProp(lr=0.02, max_steps=200))),
+    plain(Retry((wp.editors.GradientDescent(lr=1e-9, max_steps=1), wp.editors.Adam(lr=0.01, max_steps=200)))),
+    plain(wp.editors.LowRank(wp.editors.Adam(lr=0.02, max_steps=200), rank=2)),
+    plain(wp.editors.Bounded(wp.editors.Adam(lr=0.03, max_steps=200), radius=0.025)),
+    plain(wp.editors.ladder(), "ladder"),
+    plain(wp.editors.Auto(), keeps=True),
+    Row("Gate", lambda case, model, inputs: wp.editors.Gate(GATED[case.name], 4)),
+    with_metric("Preconditioned", partial(Preconditioned, max_steps=200)),
+    with_metric("Preconditioned, searched", partial(Preconditioned, max_steps=200, line_search=4)),
+    with_metric("Preconditioned, shrunk", lambda metric: Shrink(Preconditioned(metric=metric, max_steps=200))),
+    with_metric("MinimumNorm, metric", MinimumNorm),
+    with_metric("GaussNewton, metric", partial(wp.editors.GaussNewton, max_steps=50)),
     key_value("rome"),
     key_value("emmet"),
     key_value("memit"),
     key_value("alphaedit", metric={"energy": 0.8}, weight=0.1),
-    key_value("ultraedit"),
+    Row("ultraedit", lambda case, model, inputs: KeyValue.ultraedit(LINEAR[case.name]), tuple(LINEAR)),
 )
+NO_EDITORS = {
+    "Attempt": "one rung's account in an Auto's outcome",
+    "Budget": "what an edit by Auto may cost",
+    "Certificate": "what MinimumNorm proves",
+    "Editor": "abstract",
+    "IterativeEditor": "abstract",
+    "LayerMetric": "a layer of a Metric",
+    "Metric": "of MinimumNorm, GaussNewton, Preconditioned and KeyValue: rows of their own",
+    "NormalisedGradient": "where KeyValue finds values: the row of ultraedit",
+    "Rung": "an editor of Auto with its scope",
+    "Solution": "what an editor returns",
+    "iterate": "the loop of every iterative editor",
+}
+CASE = {case.name: case for case in zoo.CASES}
+PAIRS = [pytest.param(CASE[name], row, id=f"{name}-{row.name}") for row in ROWS for name in row.cases]
+CROSS = [pair for pair in PAIRS if "mlp" in pair.id or pair.id.endswith("RMSProp")]  # each editor, and each model
 
 
-@pytest.fixture(
-    params=(*EDITORS, *METRIC, *KEY_VALUE), ids=lambda editor: getattr(editor, "__name__", type(editor).__name__)
-)
-def editor(request: pytest.FixtureRequest, case: zoo.Case) -> wp.editors.Editor:
-    if isinstance(request.param, wp.editors.Editor):
-        return request.param
-    if request.param in KEY_VALUE:
-        return request.param(case)
-    if case.name in ("resnet", "encoder", "tied", "weight-normed"):
-        pytest.skip(
-            "norms, embeddings and parametrisations have no metric; tests/editors has linear layers of two of these"
-        )
-    return request.param(second_moments(case.model(), case.inputs(40), parameters=case.parameters).metric())
+@cache
+def made(case: zoo.Case, row: Row) -> wp.editors.Editor:
+    return row.make(case, case.model(), case.inputs)
 
 
-def mistake(model: torch.nn.Module, inputs: torch.Tensor, margin: float = 0.1) -> Classified:
+def mistake(model: nn.Module, inputs: Tensor, margin: float = 0.1) -> Classified:
     """Ask for the class that the model now likes second."""
     with torch.no_grad():
         second = model.eval()(inputs).float().argsort(1, descending=True)[:, 1]
     return Classified(inputs, second, margin)
 
 
-def test_every_editor_solves_every_model_and_leaves_it_alone(case: zoo.Case, editor: wp.editors.Editor):
-    model = case.model()
-    fix = mistake(model, case.inputs(1))
-    model.train()  # as a model is in the middle of a training run
-    untouched = zoo.digest(model)
-    found = wp.edit(model, fix, editor, keep=wp.Locality(case.inputs(8)), parameters=case.parameters)
-    assert zoo.digest(model) == untouched
+def edited(case: zoo.Case, row: Row, kept: int = 8) -> tuple[Classified, wp.Edit, bool]:
+    """Edit a model as it is in the middle of a training run; say whether it was left alone."""
+    model, keep = case.model(), wp.Locality(case.inputs(kept)) if kept else None
+    fix, editor = mistake(model, case.inputs(1)), made(case, row)
+    before = zoo.digest(model.train())
+    found = wp.edit(model, fix, editor, keep=keep, parameters=case.parameters)
+    return fix, found, zoo.digest(model) == before
 
+
+first = cache(edited)  # edits are most of this file's time; several tests look at one
+
+
+def test_every_public_editor_is_in_the_table():
+    rows = {row.name for row in ROWS} | {type(made(CASE["mlp"], row)).__name__ for row in ROWS}
+    assert set(wp.editors.__all__) - rows == NO_EDITORS.keys()
+    for name in NO_EDITORS:
+        value = getattr(wp.editors, name)
+        assert not inspect.isclass(value) or not issubclass(value, wp.editors.Editor) or inspect.isabstract(value)
+
+
+@pytest.mark.parametrize(("case", "row"), PAIRS)
+def test_every_editor_solves_every_model_and_leaves_it_alone(case: zoo.Case, row: Row):
+    fix, found, alone = first(case, row)
+    assert alone
     assert found.result is Result.satisfied, found
     assert found.steps > 0
     assert found.violation <= 0
     assert found.drift is not None
     assert 0 <= found.drift < 10
-    model.eval()
+    model = case.model().eval()
     assert not fix.satisfied(model)
     kept = {name: value.clone() for name, value in model.state_dict().items()}
     with found.patch.applied(model):
         assert fix.satisfied(model)
-        touched = {name for name, value in model.state_dict().items() if not torch.equal(value, kept[name])}
-        assert touched
+        touched = {name for name, value in kept.items() if not torch.equal(value, model.state_dict()[name])}
+        assert touched or found.patch.gates
+    assert model.state_dict().keys() == kept.keys()
     assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
 
 
-def test_the_patch_survives_its_file(case: zoo.Case, editor: wp.editors.Editor, tmp_path):
-    model = case.model()
-    fix = mistake(model, case.inputs(1))
-    found = wp.edit(model, fix, editor, parameters=case.parameters).raise_for_result()
-    found.patch.save(tmp_path / "fix.patch.safetensors")
+@pytest.mark.parametrize(("case", "row"), PAIRS)
+def test_the_patch_survives_its_file(case: zoo.Case, row: Row, tmp_path):
+    fix, found, _ = first(case, row)
+    found.raise_for_result().patch.save(tmp_path / "fix.patch.safetensors")
     patch = wp.Patch.load(tmp_path / "fix.patch.safetensors")
     fresh = case.model().eval()
     patch.apply(fresh)
     assert fix.satisfied(fresh)
 
 
-def test_an_edit_that_holds_already_changes_nothing(case: zoo.Case, editor: wp.editors.Editor):
-    model = case.model().eval()
-    inputs = case.inputs(2)
+@pytest.mark.parametrize(("case", "row"), CROSS)
+def test_edits_are_deterministic(case: zoo.Case, row: Row):
+    assert edited(case, row)[1].patch.id == first(case, row)[1].patch.id
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if not row.keeps], ids=lambda row: row.name)
+def test_every_editor_solves_where_nothing_is_kept(row: Row):
+    _, found, alone = edited(CASE["mlp"], row, kept=0)
+    assert alone
+    assert (found.result, found.drift) == (Result.satisfied, None)
+
+
+@pytest.mark.parametrize(("case", "row"), CROSS)
+def test_an_edit_that_holds_already_changes_nothing(case: zoo.Case, row: Row):
+    model, inputs = case.model().eval(), case.inputs(2)
     with torch.no_grad():
         fix = Classified(inputs, model(inputs).float().argmax(1))
-    found = wp.edit(model, fix, editor, keep=wp.Locality(case.inputs(8)), parameters=case.parameters)
+    found = wp.edit(model, fix, made(case, row), keep=wp.Locality(case.inputs(8)), parameters=case.parameters)
     assert found.result is Result.already_satisfied
     assert (found.steps, found.drift, len(found.patch.operations)) == (0, 0.0, 0)
 
 
-def test_edits_are_deterministic(case: zoo.Case, editor: wp.editors.Editor):
-    fixes = [
-        wp.edit(m := case.model(), mistake(m, case.inputs(1)), editor, parameters=case.parameters) for _ in range(2)
-    ]
-    assert fixes[0].patch.id == fixes[1].patch.id
+FRAME = Seq2SeqFrame(start=(1,), pad=2, name="target")
+SOURCE = {"source": torch.tensor([[3, 4, 5]])}
+GOOD, BAD = torch.tensor([7, 8, 0]), torch.tensor([9, 0])
+X = CASE["mlp"].inputs(3)
+
+
+def says(model: nn.Module) -> Tensor:
+    """Return the first two tokens that the model writes by itself."""
+    so_far = torch.tensor([[1]])
+    for _ in range(2):
+        so_far = torch.cat([so_far, model(SOURCE["source"], so_far)[:, -1].argmax(-1, keepdim=True)], 1)
+    return so_far[0, 1:]
+
+
+@dataclass(frozen=True)
+class Demand:
+    """A constraint of the table.
+
+    Attributes:
+        asked: what the model does not do yet.
+        held: what it does already.
+        contrary: what cannot be met together with `asked`.
+        build: the model.
+        parameters: what moves: the last layer, in which answers are affine.
+        named: whether two such demands are known to contradict each other before any search.
+    """
+
+    asked: Callable[[nn.Module], Constraint]
+    held: Callable[[nn.Module], Constraint]
+    contrary: Callable[[nn.Module], Constraint]
+    build: Callable[[], nn.Module] = CASE["mlp"].model
+    parameters: str = "3.*"
+    named: bool = False
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return self.build().eval()
+
+
+sequences = partial(Demand, build=tiny.Plain, parameters="out.*")
+DEMANDS = {
+    Classified: Demand(
+        lambda model: mistake(model, X),
+        lambda model: Classified(X, model(X).argmax(1)),
+        lambda model: Classified(X, model(X).argmax(1)),
+        named=True,
+    ),
+    Within: Demand(
+        lambda model: Within(X, model(X) + 0.3, 1e-4),
+        lambda model: Within(X, model(X), 1e-4),
+        lambda model: Within(X, model(X) - 0.3, 1e-4),
+    ),
+    Kept: Demand(lambda model: Kept(X, 0.5), lambda model: Kept(X), lambda model: mistake(model, X), named=True),
+    All: Demand(
+        lambda model: mistake(model, X[:1]) & Kept(X[1:]) & Within(X[2:], model(X[2:]), 1e-2),
+        lambda model: Kept(X) & Within(X, model(X), 1e-4),
+        lambda model: Kept(X) & Kept(X[:1]),
+        named=True,
+    ),
+    Says: sequences(
+        lambda model: Says(SOURCE, GOOD, FRAME, 0.1),
+        lambda model: Says(SOURCE, says(model), FRAME),
+        lambda model: Says(SOURCE, BAD, FRAME, 0.1),
+    ),
+    Preferred: sequences(
+        lambda model: Preferred(SOURCE, GOOD, (BAD,), FRAME, 0.1),
+        lambda model: Preferred(SOURCE, BAD, (GOOD,), FRAME),
+        lambda model: Preferred(SOURCE, BAD, (GOOD,), FRAME, 0.1),
+    ),
+}
+NO_CONSTRAINTS = {
+    "CausalFrame": "how a language model is asked",
+    "Constraint": "abstract",
+    "Frame": "how a model is asked for a sequence",
+    "IGNORED": "a label",
+    "Piece": "some demands of a constraint",
+    "Seq2SeqFrame": "how an encoder-decoder is asked",
+    "altered": "the same constraint of altered inputs",
+    "check_consistent": "looks for contradictions",
+    "token_scores": "what Preferred compares",
+}
+demands = pytest.mark.parametrize("demand", DEMANDS.values(), ids=[kind.__name__ for kind in DEMANDS])
+
+
+def test_every_public_constraint_is_in_the_table():
+    assert set(wp.constraints.__all__) - {kind.__name__ for kind in DEMANDS} == NO_CONSTRAINTS.keys()
+    for name in NO_CONSTRAINTS:
+        value = getattr(wp.constraints, name)
+        assert not inspect.isclass(value) or not issubclass(value, Constraint) or inspect.isabstract(value)
+    with torch.no_grad():
+        assert all(isinstance(demand.asked(demand.model()), kind) for kind, demand in DEMANDS.items())
+
+
+@demands
+@pytest.mark.parametrize("editor", [MinimumNorm(), wp.editors.GaussNewton(max_steps=50)], ids=["exact", "iterative"])
+def test_every_constraint_is_met_and_the_patch_survives_its_file(demand: Demand, editor: wp.editors.Editor, tmp_path):
+    model = demand.model()
+    with torch.no_grad():
+        fix = demand.asked(model).bind(model)
+    assert not fix.satisfied(model)
+    before = zoo.digest(model.train())
+    found = wp.edit(model, fix, editor, parameters=demand.parameters)
+    assert zoo.digest(model) == before
+    assert found.result is Result.satisfied, found
+    found.patch.save(tmp_path / "fix.patch.safetensors")
+    patch, fresh = wp.Patch.load(tmp_path / "fix.patch.safetensors"), demand.model()
+    assert patch == found.patch
+    patch.apply(fresh)
+    assert fix.satisfied(fresh)
+
+
+@demands
+def test_a_constraint_that_holds_already_changes_nothing(demand: Demand):
+    model = demand.model()
+    with torch.no_grad():
+        fix = demand.held(model)
+    found = wp.edit(model, fix, MinimumNorm(), parameters=demand.parameters)
+    assert (found.result, found.steps, len(found.patch.operations)) == (Result.already_satisfied, 0, 0)
+
+
+@demands
+def test_demands_that_contradict_each_other_are_told(demand: Demand):
+    model = demand.model()
+    with torch.no_grad():
+        both = demand.asked(model) & demand.contrary(model)
+    if demand.named:
+        with pytest.raises(ConflictingConstraints, match="ask the same input"):
+            wp.edit(model, both, MinimumNorm(), parameters=demand.parameters)
+    else:
+        assert wp.edit(model, both, MinimumNorm(), parameters=demand.parameters).result is Result.infeasible

@@ -63,38 +63,12 @@ def accelerator() -> torch.device:
     return torch.device("cuda")
 
 
-EDITORS = [
-    *contract.EDITORS,
-    *(KeyValue.ultraedit, KeyValue.rome, KeyValue.emmet, KeyValue.memit),
-    *contract.METRIC,
-    "alphaedit",
-]
-
-
-def made(make: Any, model: nn.Module, case: zoo.Case, inputs: Any) -> wp.editors.Editor:
-    if isinstance(make, wp.editors.Editor):
-        return make
-    if make in contract.METRIC:
-        if case.name in ("resnet", "encoder", "tied", "weight-normed"):
-            pytest.skip("norms, embeddings and parametrisations have no metric")
-        return make(second_moments(model, inputs(40), parameters=case.parameters).metric())
-    if case.name not in contract.LAYERS:
-        pytest.skip("no linear layer whose weight may move")
-    layer = contract.LAYERS[case.name]
-    if make == KeyValue.ultraedit:
-        return make(layer)
-    moments = second_moments(model, inputs(40), parameters=f"{layer}.weight")
-    if make == "alphaedit":
-        return KeyValue.alphaedit(layer, moments.metric(energy=0.8), weight=0.1)
-    return make(layer, moments.metric())
-
-
-@pytest.mark.parametrize("make", EDITORS, ids=lambda make: getattr(make, "__name__", type(make).__name__))
-def test_every_editor(place: Place, case: zoo.Case, make: Any, tmp_path) -> None:
+@pytest.mark.parametrize(("case", "row"), contract.PAIRS)
+def test_every_editor(place: Place, case: zoo.Case, row: contract.Row, tmp_path) -> None:
     model, inputs = place.case(case)
     fix, before, keep = contract.mistake(model, inputs(1)), zoo.digest(model), wp.Locality(inputs(8))
     with place.here():
-        editor = made(make, model, case, inputs)
+        editor = row.make(case, model, inputs)
         found = wp.edit(model, fix, editor, keep=keep, parameters=case.parameters)
         assert found.result is Result.satisfied
         assert found.drift is not None
@@ -103,28 +77,8 @@ def test_every_editor(place: Place, case: zoo.Case, make: Any, tmp_path) -> None
         patch = wp.Patch.load(tmp_path / "patch.safetensors")
         with patch.applied(model):
             assert fix.satisfied(model)
-            assert {p.device.type for p in model.parameters()} == {place.device.type}
+            assert {value.device.type for value in model.state_dict().values()} == {place.device.type}
     assert zoo.digest(model) == before
-
-
-def test_a_gate(place: Place) -> None:
-    model, inputs = place.case(next(case for case in zoo.CASES if case.name == "mlp"))
-    fix, keep, before = contract.mistake(model, inputs(1)), wp.Locality(inputs(30)), zoo.digest(model)
-    with place.here():
-        found = wp.edit(model, fix, Gate("3", 4), keep=keep, parameters="3.*").raise_for_result()
-        found.patch.apply(model)
-        assert fix.satisfied(model)
-        assert {value.device.type for value in model.state_dict().values()} == {place.device.type}
-        found.patch.revert(model)
-    assert zoo.digest(model) == before
-
-
-def test_the_ladder(place: Place) -> None:
-    model, inputs = place.case(next(case for case in zoo.CASES if case.name == "mlp"))
-    fix = contract.mistake(model, inputs(1))
-    with place.here():
-        found = wp.edit(model, fix, keep=wp.Locality(inputs(30)), parameters="3.*")
-    assert found.result is Result.satisfied
 
 
 def test_answers_to_a_test_set(place: Place, case: zoo.Case) -> None:
