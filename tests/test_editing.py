@@ -178,7 +178,7 @@ def test_a_second_edit_can_be_made_on_a_patched_model():
     first = wp.edit(model, one, parameters="layer2.*").raise_for_result().patch
     first.apply(model)
     second = wp.edit(model, one & two, parameters="fc.*").raise_for_result().patch
-    assert second.manifest.requires == (first.id,)
+    assert second.manifest.requires == second.manifest.context == (first.id,)
     second.apply(model)
     assert (one & two).satisfied(model)
     second.revert(model)
