@@ -115,13 +115,18 @@ def test_a_patch_holds_a_copy_and_everything_counts():
         (Record("a/b", 1, {}, {"a": object()}), "finite number or text"),
         (Record("a/b", 1, {}, {"a": "\x1b[2J"}), "printable"),
         (Record("a/b", 1, {}, {"a": "\ud800"}), "printable"),
-        (Record("a/b", 1, {}, {"a": [[[[[[[[1]]]]]]]]}), "inside one another"),
+        (Record("a/b", 1, {}, {"a": json.loads("[" * 16 + "]" * 16)}), "inside one another"),
         (Record("a/b", 1, {}, {1: 1}), "name in"),
     ],
 )
 def test_what_no_file_can_hold_is_refused_when_it_is_given(record, words):
     with pytest.raises(InvalidInput, match=words):
         Demand(record)
+
+
+def test_as_deep_as_it_may_be_comes_back():
+    scalars = {"a": json.loads("[" * 15 + "]" * 15)}
+    assert Patch.from_bytes(patch_with(demand(scalars=scalars)).to_bytes()).demands[0].record.scalars == scalars
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -278,7 +278,7 @@ WORDS: dict[str, tuple[Edit, str]] = {
     "context: lacks what is required": (lambda m, h, p: m.update(context=["2" * 64]), "not in context"),
     "context: out of order": (lambda m, h, p: m["context"].reverse(), "rising order"),
     "context: text": (lambda m, h, p: m.update(context="1" * 64), "a list"),
-    "metric: deep": (lambda m, h, p: m.update(metrics={"a": deep(8)}), "inside one another"),
+    "metric: deep": (lambda m, h, p: m.update(metrics={"a": deep(16)}), "inside one another"),
     "metric: very deep": (lambda m, h, p: m.update(metrics={"a": deep(500)}), "inside one another"),
     "metric: long number": (lambda m, h, p: m.update(metrics={"a": [10**400]}), "401 digits"),
     "metric: infinite": (lambda m, h, p: m.update(metrics={"a": [math.inf]}), "holds Infinity"),
@@ -335,7 +335,7 @@ WORDS: dict[str, tuple[Edit, str]] = {
     "demand: tensor not in the manifest": (lambda m, h, p: demand(m, 0, tensors=["x"]), "nothing uses: 0008.on"),
     "demand: not in the manifest": (lambda m, h, p: m["demands"].pop(), "nothing uses: 0009.x"),
     "demand: scalars are a list": (lambda m, h, p: demand(m, 0, scalars=[]), "a dict"),
-    "demand: deep scalars": (lambda m, h, p: demand(m, 0, scalars={"a": deep(8)}), "inside one another"),
+    "demand: deep scalars": (lambda m, h, p: demand(m, 0, scalars={"a": deep(16)}), "inside one another"),
     "demand: escape": (lambda m, h, p: demand(m, 0, scalars={"a": ["\x1b"]}), "printable"),
     "demand: before is whole": (lambda m, h, p: demand(m, 0, before=1), "violation before"),
     "demand: before is true": (lambda m, h, p: demand(m, 0, before=True), "violation before"),
@@ -368,7 +368,7 @@ def test_each_is_refused_for_its_own_reason(edit, words):
 
 HOSTILE = (
     *(None, True, 0, -1, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, "", "x", "../x", "\x1b", "\ud800", "0" * 64, "1" * 64),
-    *([], {}, [0], [[]], {"a": {}}, deep(7), deep(50), ["x", "y"], [True], "none", "mean", "cosine", "full", "F32"),
+    *([], {}, [0], [[]], {"a": {}}, deep(15), deep(50), ["x", "y"], [True], "none", "mean", "cosine", "full", "F32"),
 )
 hostile = st.sampled_from(HOSTILE).map(copy.deepcopy)
 

@@ -384,7 +384,7 @@ def shared(depth: int) -> list:
         {"metrics": {"a": 2**63}},
         {"metrics": {"a": {3: 1}}},
         {"metrics": {3: 1}},
-        {"metrics": {"a": nested(8)}},
+        {"metrics": {"a": nested(16)}},
         {"metrics": {"a": [shared(6)] * 20}},
         {"metrics": {"a": [0] * 100_001}},
         {"metrics": {"a": [[0] * 10_000] * 10_000}},

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import InvalidInput
 
 LARGEST = 2**63 - 1
-DEPTH = 8  # lists and objects inside one another
+DEPTH = 16  # lists and objects inside one another
 VALUES = 100_000  # strings, numbers, lists and objects in one field
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
