@@ -226,15 +226,15 @@ def test_satisfied_means_in_every_draw():
 
 
 class OverTheBatch(nn.Module):
-    """An LSTM that takes the batch for the time."""
+    """Uses the statistics of the batch, in evaluation mode too."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.rnn, self.out = nn.LSTM(8, 16), nn.Linear(16, 4)
+        self.out = nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.rnn(x)[0])
+        return self.out(x + 3 * x.mean(0))
 
 
 def test_demands_that_hold_together_are_asked_alone_where_items_depend_on_each_other():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ _DTYPES = (
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64),
 )
+_KIND = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}/[a-z0-9][a-z0-9_.-]{0,63}")
 _SCALARS = (bool, int, float, str, type(None))
 
 
@@ -38,10 +40,10 @@ def register(kind: str, version: int, reader: type[Constraint]) -> None:
     Raises:
         InvalidInput: another class reads this kind already, or it is one of weightpatch's own.
     """
-    author, slash, name = kind.partition("/")
-    if not (author and slash and name) or not isinstance(version, int) or version < 1:
+    if not isinstance(kind, str) or not _KIND.fullmatch(kind) or not isinstance(version, int) or version < 1:
         raise InvalidInput(
-            f'register was given kind={kind!r}, version={version!r}; expected "author/name" and a number of at least 1'
+            f'register was given kind={kind!r}, version={version!r}; expected "author/name", each 1 to 64 of a-z, 0-9, '
+            "'_', '.' and '-', and a number of at least 1"
         )
     if _READERS.setdefault((kind, version), reader) is not reader:
         raise InvalidInput(f"{_READERS[kind, version].__name__} reads {kind} {version} already; choose another name")
