@@ -9,16 +9,14 @@ from functools import cache, partial
 from typing import Any
 
 import pytest
-import tiny_text as tiny
 import torch
 import zoo
 from torch import Tensor, nn
 
 import weightpatch as wp
-from weightpatch.constraints import All, Classified, Constraint, Kept, Preferred, Says, Seq2SeqFrame, Within
+from weightpatch.constraints import Classified
 from weightpatch.editing import Result
 from weightpatch.editors import KeyValue, MinimumNorm, Preconditioned, Retry, Shrink
-from weightpatch.errors import ConflictingConstraints
 from weightpatch.statistics import second_moments
 
 LINEAR = {"mlp": "3", "encoder": "layers.layers.1.linear2", "tied": "hidden", "bf16": "3"}  # its weight may move
@@ -191,135 +189,3 @@ def test_an_edit_that_holds_already_changes_nothing(case: zoo.Case, row: Row):
     found = wp.edit(model, fix, made(case, row), keep=wp.Locality(case.inputs(8)), parameters=case.parameters)
     assert found.result is Result.already_satisfied
     assert (found.steps, found.drift, len(found.patch.operations)) == (0, 0.0, 0)
-
-
-FRAME = Seq2SeqFrame(start=(1,), pad=2, name="target")
-SOURCE = {"source": torch.tensor([[3, 4, 5]])}
-GOOD, BAD = torch.tensor([7, 8, 0]), torch.tensor([9, 0])
-X = CASE["mlp"].inputs(3)
-
-
-def says(model: nn.Module) -> Tensor:
-    """Return the first two tokens that the model writes by itself."""
-    so_far = torch.tensor([[1]])
-    for _ in range(2):
-        so_far = torch.cat([so_far, model(SOURCE["source"], so_far)[:, -1].argmax(-1, keepdim=True)], 1)
-    return so_far[0, 1:]
-
-
-@dataclass(frozen=True)
-class Demand:
-    """A constraint of the table.
-
-    Attributes:
-        asked: what the model does not do yet.
-        held: what it does already.
-        contrary: what cannot be met together with `asked`.
-        build: the model.
-        parameters: what moves: the last layer, in which answers are affine.
-        named: whether two such demands are known to contradict each other before any search.
-    """
-
-    asked: Callable[[nn.Module], Constraint]
-    held: Callable[[nn.Module], Constraint]
-    contrary: Callable[[nn.Module], Constraint]
-    build: Callable[[], nn.Module] = CASE["mlp"].model
-    parameters: str = "3.*"
-    named: bool = False
-
-    def model(self) -> nn.Module:
-        torch.manual_seed(0)
-        return self.build().eval()
-
-
-sequences = partial(Demand, build=tiny.Plain, parameters="out.*")
-DEMANDS = {
-    Classified: Demand(
-        lambda model: mistake(model, X),
-        lambda model: Classified(X, model(X).argmax(1)),
-        lambda model: Classified(X, model(X).argmax(1)),
-        named=True,
-    ),
-    Within: Demand(
-        lambda model: Within(X, model(X) + 0.3, 1e-4),
-        lambda model: Within(X, model(X), 1e-4),
-        lambda model: Within(X, model(X) - 0.3, 1e-4),
-    ),
-    Kept: Demand(lambda model: Kept(X, 0.5), lambda model: Kept(X), lambda model: mistake(model, X), named=True),
-    All: Demand(
-        lambda model: mistake(model, X[:1]) & Kept(X[1:]) & Within(X[2:], model(X[2:]), 1e-2),
-        lambda model: Kept(X) & Within(X, model(X), 1e-4),
-        lambda model: Kept(X) & Kept(X[:1]),
-        named=True,
-    ),
-    Says: sequences(
-        lambda model: Says(SOURCE, GOOD, FRAME, 0.1),
-        lambda model: Says(SOURCE, says(model), FRAME),
-        lambda model: Says(SOURCE, BAD, FRAME, 0.1),
-    ),
-    Preferred: sequences(
-        lambda model: Preferred(SOURCE, GOOD, (BAD,), FRAME, 0.1),
-        lambda model: Preferred(SOURCE, BAD, (GOOD,), FRAME),
-        lambda model: Preferred(SOURCE, BAD, (GOOD,), FRAME, 0.1),
-    ),
-}
-NO_CONSTRAINTS = {
-    "CausalFrame": "how a language model is asked",
-    "Constraint": "abstract",
-    "Frame": "how a model is asked for a sequence",
-    "IGNORED": "a label",
-    "Piece": "some demands of a constraint",
-    "Seq2SeqFrame": "how an encoder-decoder is asked",
-    "altered": "the same constraint of altered inputs",
-    "check_consistent": "looks for contradictions",
-    "token_scores": "what Preferred compares",
-}
-demands = pytest.mark.parametrize("demand", DEMANDS.values(), ids=[kind.__name__ for kind in DEMANDS])
-
-
-def test_every_public_constraint_is_in_the_table():
-    assert set(wp.constraints.__all__) - {kind.__name__ for kind in DEMANDS} == NO_CONSTRAINTS.keys()
-    for name in NO_CONSTRAINTS:
-        value = getattr(wp.constraints, name)
-        assert not inspect.isclass(value) or not issubclass(value, Constraint) or inspect.isabstract(value)
-    with torch.no_grad():
-        assert all(isinstance(demand.asked(demand.model()), kind) for kind, demand in DEMANDS.items())
-
-
-@demands
-@pytest.mark.parametrize("editor", [MinimumNorm(), wp.editors.GaussNewton(max_steps=50)], ids=["exact", "iterative"])
-def test_every_constraint_is_met_and_the_patch_survives_its_file(demand: Demand, editor: wp.editors.Editor, tmp_path):
-    model = demand.model()
-    with torch.no_grad():
-        fix = demand.asked(model).bind(model)
-    assert not fix.satisfied(model)
-    before = zoo.digest(model.train())
-    found = wp.edit(model, fix, editor, parameters=demand.parameters)
-    assert zoo.digest(model) == before
-    assert found.result is Result.satisfied, found
-    found.patch.save(tmp_path / "fix.patch.safetensors")
-    patch, fresh = wp.Patch.load(tmp_path / "fix.patch.safetensors"), demand.model()
-    assert patch == found.patch
-    patch.apply(fresh)
-    assert fix.satisfied(fresh)
-
-
-@demands
-def test_a_constraint_that_holds_already_changes_nothing(demand: Demand):
-    model = demand.model()
-    with torch.no_grad():
-        fix = demand.held(model)
-    found = wp.edit(model, fix, MinimumNorm(), parameters=demand.parameters)
-    assert (found.result, found.steps, len(found.patch.operations)) == (Result.already_satisfied, 0, 0)
-
-
-@demands
-def test_demands_that_contradict_each_other_are_told(demand: Demand):
-    model = demand.model()
-    with torch.no_grad():
-        both = demand.asked(model) & demand.contrary(model)
-    if demand.named:
-        with pytest.raises(ConflictingConstraints, match="ask the same input"):
-            wp.edit(model, both, MinimumNorm(), parameters=demand.parameters)
-    else:
-        assert wp.edit(model, both, MinimumNorm(), parameters=demand.parameters).result is Result.infeasible

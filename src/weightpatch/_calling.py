@@ -47,7 +47,7 @@ def selected(answer: Any, output: Output = None) -> Tensor:
         output: its key, attribute, place, or a function that finds it; when not given the answer itself, its `logits`,
             or its first item.
     """
-    found = read(answer) if output is None else _found(answer, output)
+    found = read(answer, output)
     if not isinstance(found, Tensor):
         given = type(answer).__name__ if output is None else f"{type(found).__name__} as output={output!r}"
         raise InvalidInput(
@@ -57,8 +57,10 @@ def selected(answer: Any, output: Output = None) -> Tensor:
     return found.float() if found.dtype in (torch.float16, torch.bfloat16) else found
 
 
-def read(answer: Any) -> Any:
-    """Return what is taken for a model's answer: the thing itself, its `logits`, or its first item."""
+def read(answer: Any, output: Output = None) -> Any:
+    """Return what is meant of a model's answer; by default the thing itself, its `logits`, or its first item."""
+    if output is not None:
+        return _found(answer, output)
     if isinstance(answer, Mapping) and "logits" in answer:
         return answer["logits"]
     if hasattr(answer, "logits"):
@@ -68,7 +70,7 @@ def read(answer: Any) -> Any:
 
 def unwatched(answer: Any, *watched: Output) -> list[str]:
     """Name the floating outputs of an answer that none of these selections reads."""
-    seen = {id(_found(answer, output) if output is not None else read(answer)) for output in watched}
+    seen = {id(read(answer, output)) for output in watched}
     return [
         name
         for name, part in _parts(answer)

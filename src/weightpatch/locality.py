@@ -48,7 +48,8 @@ class Locality:
         judge: items to judge on, in place of half of these.
         others: what is kept beside, as `&` joins it.
 
-    >>> Locality(torch.zeros(4, 2), likelihood=wp.likelihoods.Categorical()).split[1] is not None
+    >>> seen, judged = Locality(images, likelihood=wp.likelihoods.Categorical()).split
+    >>> seen.items + judged.items == len(images)
     True
     """
 

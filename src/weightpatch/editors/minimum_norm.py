@@ -10,7 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from .._calling import read
+from .._calling import leaves, read
 from ..constraints import Piece
 from ..errors import InvalidInput, NotEditable
 from ..problem import Problem
@@ -230,22 +230,25 @@ class _Search:
     def _affine_towards(self, target: Vector) -> bool:
         """Compare the demands' answers there with those interpolated from here and from well beyond."""
         far = self._space.combined((1.0 - _BEYOND_TARGET, _BEYOND_TARGET), (self._delta, target))
-        for a, b, m in zip(self._answers(self._delta), self._answers(far), self._answers(target), strict=True):
+        here = self._answers(self._delta)
+        for a, b, m in zip(here, self._answers(far), self._answers(target), strict=True):
             between = torch.lerp(a, b, 1 / _BEYOND_TARGET)
             scale = float(torch.maximum(a.abs(), b.abs()).max())
             if not float((between - m).abs().max()) <= 64 * torch.finfo(m.dtype).eps * scale:
                 return False
-        return True
+        return bool(here)
 
     @torch.no_grad()
     def _answers(self, delta: Vector) -> list[Tensor]:
-        """Return every tensor that the demands read."""
+        """Return every tensor that the demands read; where they do not say which one, all that are floating."""
         seen: list[Tensor] = []
         function = self._problem.at(self._space.moved(delta))
+        asked = dict.fromkeys(part.output for part in self._problem.constraint.conjuncts)
 
         def noted(*args: object, **kwargs: object) -> object:
             answer = function(*args, **kwargs)
-            seen.append(read(answer))
+            found = [leaf for output in asked for leaf in leaves(read(answer, output))]
+            seen.extend(leaf for leaf in found if leaf.is_floating_point())
             return answer
 
         self._problem.constraint.violation(noted)
