@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import weightpatch as wp
-from weightpatch.constraints import Classified, Kept, Within
+from weightpatch.constraints import Classified, Kept, Tagged, Within
 from weightpatch.editing import Result
 from weightpatch.errors import InvalidInput, MissingExtra, ShapeMismatch
 from weightpatch.evaluation import Comparison, Report, Row, comparison_page, edit_page
@@ -32,7 +32,8 @@ from weightpatch.evaluation.metrics import Estimate, Flips
 from weightpatch.evaluation.pages._mistakes import find_rows
 from weightpatch.evaluation.pages._pictures import Scaled, default_picture, draw, png
 from weightpatch.evaluation.pages._plots import drawdown_line, histogram, slack_line
-from weightpatch.evaluation.pages._words import chance, count, decimal, percent, seconds, size
+from weightpatch.evaluation.pages._words import Scale, chance, count, decimal, percent, seconds, size
+from weightpatch.likelihoods import Bernoulli, Gaussian, Of
 
 VOID = {"meta", "img", "br", "link", "input", "path", "rect", "circle"}
 
@@ -212,7 +213,7 @@ def test_not_patched(tmp_path):
 
 def test_no_patch_at_all(tmp_path):
     told = story()
-    told.edit = dataclasses.replace(told.edit, result=Result.nonfinite, patch=None, violation=float("nan"), drift=None)
+    told.edit = dataclasses.replace(told.edit, result=Result.nonfinite, patch=None, violation=float("nan"))
     page, facts = make(tmp_path, told)
     assert facts["patch"] is None and facts["violation"] is None
     assert "Not patched" in page.text
@@ -261,8 +262,57 @@ def test_other_constraints(tmp_path):
         wp.edit(told.model, Within(inputs[:2], target, 0.5), wp.editors.RMSProp(lr=1e-2, max_steps=60)),
     )
     page, facts = make(tmp_path, told)
-    assert facts["demands"][0]["kind"] == "Within" and facts["mistakes"] == []
-    assert "The demands" in page.text
+    assert facts["demands"][0]["kind"] == "Within" and len(facts["mistakes"]) == 2
+    assert "Distance" in page.text
+
+
+def test_mistakes_of_tags_and_of_numbers(tmp_path):
+    torch.manual_seed(0)
+    model, inputs = nn.Linear(5, 3).eval(), torch.randn(40, 5)
+    with torch.no_grad():
+        inputs = inputs[(model(inputs) <= 0).sum(1).argsort(descending=True)]
+        before = model(inputs)
+    on = [k for k in range(3) if before[0, k] <= 0]
+    tagged = Tagged(inputs[:1], on=on, margin=0.1, likelihood=Bernoulli(of=Of.logits))
+    target = before[:1] + torch.tensor([[1.0, 0.0, 0.0]])
+    cases = (
+        (tagged, (before > 0).long(), Bernoulli(of=Of.logits), "Margin in logits"),
+        (Within(inputs[:1], target, 0.01), before, Gaussian(), "Distance"),
+    )
+    for place, (constraint, targets, likelihood, measure) in enumerate(cases):
+        (tmp_path / str(place)).mkdir()
+        found = wp.edit(model, constraint, wp.editors.RMSProp(lr=1e-2, max_steps=200))
+        told = Story(model, constraint, found, (inputs, targets))
+        page, facts = make(tmp_path / str(place), told, classes=("hat", "beard", "scarf"), likelihood=likelihood)
+        with found.patch.applied(model), torch.no_grad():
+            after = model(inputs[:1])[0]
+        (mistake,) = facts["mistakes"]
+        assert mistake["met"] and mistake["row"] == 0 and measure in page.text
+        if place:
+            assert mistake["margin_before"] == pytest.approx(1.0)
+            assert mistake["margin_after"] == pytest.approx(float((after - target[0]).norm()), abs=1e-5)
+            assert mistake["bars"][0]["name"] == "hat" and mistake["bars"][0]["right"] == pytest.approx(
+                float(target[0, 0])
+            )
+        else:
+            assert mistake["margin_after"] == pytest.approx(float(after[on].min()), abs=1e-5)
+            assert mistake["bars"][0]["after"] == pytest.approx(float(after[on[0]].sigmoid()), abs=1e-5)
+            assert mistake["was"] == ", ".join(f"no {('hat', 'beard', 'scarf')[k]}" for k in on)
+        assert likelihood.error_name in page.text
+
+
+def test_demands_on_pixels_are_summed_up(tmp_path):
+    torch.manual_seed(0)
+    model, inputs = nn.Conv2d(1, 3, 1).eval(), torch.randn(30, 1, 4, 4)
+    with torch.no_grad():
+        targets = model(inputs).argmax(1)
+    wanted = torch.full((1, 4, 4), -100)
+    wanted[0, 1, 2] = (targets[0, 1, 2] + 1) % 3
+    constraint = Classified(inputs[:1], wanted, 0.1)
+    found = wp.edit(model, constraint, wp.editors.RMSProp(lr=1e-2, max_steps=200))
+    page, facts = make(tmp_path, Story(model, constraint, found, (inputs, targets)))
+    assert facts["mistakes"] == [] and facts["demands"][0]["asked"] == 1
+    assert "Positions that changed" in page.text and page.cards > 0
 
 
 def report() -> Report:
@@ -527,6 +577,12 @@ def test_figures_follow_the_colours_of_the_page():
         (seconds(0.0123), "12\u2009ms"),
         (seconds(2.34), "2.3\u2009s"),
         (seconds(600), "10.0\u2009min"),
+        (Scale("%").value(7.123), "7.12 %"),
+        (Scale("kg").value(0.12345), "0.123 kg"),
+        (Scale("").change(-0.001234), "−0.00123"),
+        (Scale("kg").change(2.0), "+2"),
+        (Scale("%").interval(Estimate(0.0, -0.5, 0.5)), "−0.50 to +0.50"),
+        (Scale("%").points, "points"),
     ],
 )
 def test_words(found, expected):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import final
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..._calling import Function, Inputs, leaves, outputs, rows
-from ...constraints import Classified, Constraint
+from ...constraints import Classified, Constraint, Tagged, Within
 from ._pictures import Image, Picture, default_picture, draw
-from ._words import Names
+from ._words import Names, number
 
 __all__ = ["Bar", "Demand", "Mistake", "demands", "find_rows", "mistakes"]
 
@@ -36,23 +37,40 @@ class Demand:
 @final
 @dataclass(frozen=True)
 class Bar:
-    """One class's probability, before and after."""
+    """One class's or tag's probability before and after, or an output's value, where `share` is false."""
 
     name: str
     before: float
     after: float
     wanted: bool
+    share: bool = True
+    right: float | None = None
 
 
 @final
 @dataclass(frozen=True)
 class Mistake:
-    """One input that should be of another class; margins are logits of the wanted class above the best other one."""
+    """One input whose answer should be another.
+
+    Attributes:
+        was: the answer before.
+        now: the answer after.
+        wanted: what is asked.
+        measure: what the margins are: of logits, or the distance of numbers from their target.
+        asked: how large it should be, in words.
+        margin_before: by how much the wanted class or tags lead, in logits; or the distance.
+        margin_after: the same after.
+        met: whether the demand holds.
+        row: the input's place in the test set.
+        bars: what answers are made of.
+        picture: of the input.
+    """
 
     was: str
     now: str
     wanted: str
-    asked: float
+    measure: str
+    asked: str
     margin_before: float
     margin_after: float
     met: bool
@@ -81,23 +99,44 @@ def mistakes(
     test: Inputs,
     most: int,
 ) -> tuple[list[Mistake], list[int]]:
-    """Return the demands on classes that did not hold before, at most so many, and their rows in the test set."""
+    """Return the demands on single answers that did not hold before, at most so many, and their test items."""
     found: list[Mistake] = []
     asked: list[int] = []
     for part in constraint.conjuncts:
-        if not isinstance(part, Classified):
+        if not isinstance(part, (Classified, Tagged, Within)):
             continue
         look = picture or _as_in(test, part.inputs)
         with torch.no_grad():
-            logits = [outputs(function, part.inputs).cpu() for function in (before, after)]
-            met = [(part.violation(function) <= 0).tolist() for function in (before, after)]
-        for i in (i for i, fine in enumerate(met[0]) if not fine):
+            told = [outputs(function, part.inputs, part.output).cpu() for function in (before, after)]
+            missed = [_missed(part, part.violation(function).cpu(), len(told[0])) for function in (before, after)]
+        if missed[0] is None or missed[1] is None:
+            continue
+        for i in missed[0].nonzero().squeeze(1).tolist():
             same = find_rows(test, rows(part.inputs, slice(i, i + 1)))
             asked += same
             if len(found) < most:
                 image, row = draw(look, part.inputs, i), same[0] if same else None
-                found.append(_mistake(part, i, logits, met[1][i], classes, image, row))
+                about = (not bool(missed[1][i]), row, image)
+                found.append(_mistake(part, i, [z[i : i + 1] for z in told], classes, *about))
     return found, asked
+
+
+def _missed(part: Constraint, violation: Tensor, n: int) -> Tensor | None:
+    """Return which items miss a demand, (n,), bool; None where demands are on positions of items."""
+    missed = ~(violation <= 0)
+    if isinstance(part, Tagged):
+        asked = _tags(part)
+        if asked.ndim != 2:
+            return None
+        owners = asked.nonzero()[:, 0]
+        return torch.zeros(n, dtype=torch.bool, device="cpu").index_put((owners,), missed, accumulate=True)
+    return None if isinstance(part, Classified) and part.labels.ndim > 1 else missed
+
+
+def _tags(part: Tagged) -> Tensor:
+    """Return the tags that a bound constraint asks of each item, (n, tags), on the CPU."""
+    assert isinstance(part.on, Tensor) and isinstance(part.off, Tensor)
+    return (part.on | part.off).cpu()
 
 
 def find_rows(test: Inputs, item: Inputs) -> list[int]:
@@ -123,35 +162,76 @@ def _as_in(test: Inputs, inputs: Inputs) -> Picture | None:
 
 
 def _mistake(
-    part: Classified, i: int, logits: list[Tensor], met: bool, classes: Names, image: Image | None, row: int | None
+    part: Classified | Tagged | Within,
+    i: int,
+    told: list[Tensor],
+    names: Names,
+    met: bool,
+    row: int | None,
+    image: Image | None,
 ) -> Mistake:
+    """Say what one item, whose outputs before and after are (1, ...), should answer."""
+    if isinstance(part, Within):
+        answers, margins, bars = _of_numbers(part, i, told, names)
+        measure, asked = "Distance", f"at most {number(math.sqrt(part.tolerance))}"
+    else:
+        say = _of_tags(part, i, told, names) if isinstance(part, Tagged) else _of_class(part, i, told, names)
+        answers, margins, bars = say
+        measure, asked = "Margin in logits", f"at least {number(part.margin)}" if part.margin else "more than 0"
+    return Mistake(*answers, measure, asked, *margins, met, row, bars, image)
+
+
+Said = tuple[tuple[str, str, str], tuple[float, float], tuple[Bar, ...]]
+
+
+def _of_class(part: Classified, i: int, told: list[Tensor], names: Names) -> Said:
     wanted = int(part.labels[i])
-    before, after = (z[i].softmax(0).nan_to_num(0.0) for z in logits)
-    margins = [_margin(z[i], wanted) for z in logits]
+    logits = [part.likelihood.logits(z)[0] for z in told]
+    before, after = (part.likelihood.probabilities(z)[0].nan_to_num(0.0) for z in told)
+    was, now = (int(part.likelihood.answer(z)[0]) for z in told)
     # The classes that matter most on either side, and always the wanted one, in the order of today's probabilities
     rank = torch.maximum(before, after)
-    rank[[wanted, _answer(logits[0][i]), _answer(logits[1][i])]] = torch.inf
+    rank[[wanted, was, now]] = torch.inf
     shown = rank.topk(min(_BARS, len(rank))).indices
     shown = shown[rank[shown] >= _LEAST]
     ordered = shown[before[shown].argsort(descending=True, stable=True)].tolist()
-    return Mistake(
-        was=classes[_answer(logits[0][i])],
-        now=classes[_answer(logits[1][i])],
-        wanted=classes[wanted],
-        asked=part.margin,
-        margin_before=margins[0],
-        margin_after=margins[1],
-        met=met,
-        row=row,
-        bars=tuple(Bar(classes[c], float(before[c]), float(after[c]), c == wanted) for c in ordered),
-        picture=image,
+    bars = tuple(Bar(names[c], float(before[c]), float(after[c]), c == wanted) for c in ordered)
+    return (names[was], names[now], names[wanted]), (_lead(logits[0], wanted), _lead(logits[1], wanted)), bars
+
+
+def _of_tags(part: Tagged, i: int, told: list[Tensor], names: Names) -> Said:
+    names, asked = Names(names.classes, "tag"), _tags(part)[i]
+    assert isinstance(part.on, Tensor)
+    on = part.on[i].cpu()
+    before, after = (part.likelihood.probabilities(z)[0].nan_to_num(0.0) for z in told)
+    chosen = asked.nonzero().squeeze(1).tolist()
+
+    def say(states: Tensor) -> str:
+        return ", ".join(names[k] if bool(states[k]) else f"no {names[k]}" for k in chosen)
+
+    was, now = (say(part.likelihood.answer(z)[0] == 1) for z in told)
+    leads = [z.where(on, -z)[asked].min() for z in (part.likelihood.logits(z)[0] for z in told)]
+    bars = tuple(Bar(names[k], float(before[k]), float(after[k]), bool(on[k])) for k in chosen[:_BARS])
+    return (was, now, say(on)), (float(leads[0]), float(leads[1])), bars
+
+
+def _of_numbers(part: Within, i: int, told: list[Tensor], names: Names) -> Said:
+    names, right = Names(names.classes, "output"), part.targets[i].cpu().double().reshape(-1)
+    before, after = (z.double().reshape(-1) for z in told)
+    order = (before - right).abs().argsort(descending=True)[:_BARS].tolist()
+    bars = tuple(
+        Bar(names[k], float(before[k]), float(after[k]), k == order[0], share=False, right=float(right[k]))
+        for k in order
     )
 
+    def say(values: Tensor) -> str:
+        shown = ", ".join(number(value) for value in values[:_BARS].tolist())
+        return shown if len(values) <= _BARS else f"{shown} …"
 
-def _answer(logits: Tensor) -> int:
-    return -1 if bool(logits.isnan().any()) else int(logits.argmax())
+    far = (float((z - right).norm()) for z in (before, after))
+    return (say(before), say(after), say(right)), (next(far), next(far)), bars
 
 
-def _margin(logits: Tensor, wanted: int) -> float:
+def _lead(logits: Tensor, wanted: int) -> float:
     others = torch.cat([logits[:wanted], logits[wanted + 1 :]])
     return float(logits[wanted] - others.max())
