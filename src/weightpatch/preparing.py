@@ -29,7 +29,7 @@ def prepared(
     parameters: str | Sequence[str],
     editor: Editor,
     keep: Locality | None,
-    constraint: Constraint,
+    constraint: Constraint | None = None,
 ) -> tuple[Editor, nn.Module, Network]:
     """Return the editor, a model with the room for gates that it needs, and a view of it; the model itself stays.
 
@@ -38,7 +38,8 @@ def prepared(
         parameters: which may move.
         editor: an `Auto` without rungs gets its usual ones, from the half of `keep` that a search may see.
         keep: what should stay, knowing what its outputs mean.
-        constraint: what is asked, or one of several edits: layers are those that its answers depend on.
+        constraint: what is asked, or one of several edits: layers are those that its answers depend on; all layers when
+            not given.
     """
     if isinstance(editor, Auto) and not editor.rungs:
         if keep is None:
@@ -67,11 +68,11 @@ def _taps(editor: Editor) -> list[str]:
 
 
 def _completed(
-    auto: Auto, model: nn.Module, parameters: str | Sequence[str], keep: Locality, constraint: Constraint
+    auto: Auto, model: nn.Module, parameters: str | Sequence[str], keep: Locality, constraint: Constraint | None
 ) -> Auto:
     """Give the ladder its usual rungs for this model, with statistics of what is kept."""
     weights, sides = dict(model.named_parameters()), _sides(model)
-    asked = on_path(model, constraint)
+    asked = weights if constraint is None else on_path(model, constraint)
     late = [name for name in called(model, keep.inputs, parameters=parameters) if sides[name][1] < _WIDEST]
     late = [name for name in late if name in asked]
     readouts = [name for name in called(model, keep.inputs) if weights[name].ndim == 2 and name in asked]
