@@ -33,8 +33,9 @@ def test_it_is_the_default_where_something_is_kept_and_explains_itself():
     assert "taken" in str(found.attempts[-1])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     after = before_and_after(model, found.patch)
-    assert found.attempts[-1].changed == pytest.approx(after)
-    assert after <= 0.005
+    assert found.kept.share == pytest.approx(after)
+    assert found.held_out.share <= 0.005
+    assert found.held_out == found.attempts[-1].held_out
 
 
 def before_and_after(model: torch.nn.Module, patch: wp.Patch) -> float:
@@ -85,7 +86,7 @@ def test_where_nothing_is_within_the_budget_the_best_is_given_and_said_so():
         assert found.result is Result.over_budget
         held = [attempt for attempt in found.attempts if attempt.held]
         assert len(found.attempts) == 2
-        assert found.drift == pytest.approx(min(held, key=lambda attempt: attempt.changed).drift, rel=1e-4)
+        assert found.held_out.drift == pytest.approx(min(held, key=lambda attempt: attempt.held_out.share).held_out.drift, rel=1e-4)
         with pytest.raises(wp.errors.EditFailed, match="over_budget"):
             found.raise_for_result()
 

@@ -45,7 +45,8 @@ def test_the_radius_is_a_share_of_the_way_to_what_stays():
     fix = Classified(x, other_class(model, x))
     for share in (0.2, 0.9):
         editor, _, network = prepared(model, "*", Gate("0", share=share), None)
-        params = solve(network, fix, editor, wp.Locality(torch.cat([kept, x]))).params  # itself does not count
+        keep = wp.Locality(torch.cat([kept, x]), judge=wp.Locality(kept + 100))  # itself does not count
+        params = solve(network, fix, editor, keep).params
         nearest = float((kept - x).norm(dim=1).min())
         assert float(params["0.gate.radii"].max()) == pytest.approx(share * nearest, rel=1e-5)
         way = kept[(kept - x).norm(dim=1).argmin()] - x[0]
