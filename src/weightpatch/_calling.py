@@ -197,6 +197,16 @@ def check_batch(inputs: Inputs, who: str) -> int:
     return n
 
 
+def check_classes(labels: Tensor, who: str, classes: int | None = None) -> None:
+    """Refuse labels that are not the numbers of classes, (n,): -1, which says that there is no answer, is no label."""
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise InvalidInput(f"{who} was given labels as {labels.dtype}; expected integers, the numbers of classes")
+    low, high = (int(labels.min()), int(labels.max())) if labels.numel() else (0, 0)
+    if low < 0 or (classes is not None and high >= classes):
+        known = "" if classes is None else f"; the model answers with {classes} classes, so expected 0 to {classes - 1}"
+        raise InvalidInput(f"{who} was given labels from {low} to {high}{known or '; expected 0 and above'}")
+
+
 def check_finite_tensor(tensor: Tensor, what: str) -> None:
     """Refuse NaN and Inf in a tensor of any dtype."""
     if not bool(torch.isfinite(tensor).all()):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -33,8 +34,6 @@ def mistake() -> int:
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     """The first 300 test images, already normalised numbers as an .npz of bytes."""
-    import numpy as np
-
     test = images.fashion_test()[:300]
     pixels = ((test.images * 0.3530 + 0.2860) * 255).round().to(torch.uint8).squeeze(1).numpy()
     np.savez(tmp_path / "small.npz", images=pixels, labels=test.labels.numpy())
@@ -198,6 +197,16 @@ def test_bad_input_gives_2_and_says_why(words: list[str], says: str, capsys):
     code, facts = run(*words, capsys=capsys)
     assert code == 2
     assert says in facts["error"]
+
+
+@pytest.mark.parametrize("words", [["--labels", "mistakes"], ["--labels", "random"]])
+def test_data_of_more_classes_than_the_model_has_is_refused(words: list[str], small: Path, capsys):
+    content = dict(np.load(small))
+    content["labels"][7] = 10
+    np.savez(small, **content)
+    code, facts = run("evaluate", "--model", MODEL, *reading(small), *words, "--edits", "2", capsys=capsys)
+    assert code == 2
+    assert "expected 0 to 9" in facts["error"] and words[1] in facts["error"]
 
 
 def test_usage_errors_give_2(capsys):

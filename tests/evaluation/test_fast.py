@@ -534,3 +534,70 @@ def test_weights_that_are_not_finite_give_the_answers_of_the_model_itself(value:
     assert torch.equal(answers(ours.outputs), answers(theirs.outputs))
     assert math.isnan(ours.drift) == math.isnan(theirs.drift)
     assert bool((answers(theirs.outputs) == -1).any())
+
+
+def blown_up(network: Network, seed: int) -> dict[str, Tensor]:
+    """Move some tensors, or some numbers of them, to sizes up to 1e20."""
+    random = torch.Generator().manual_seed(seed)
+    params = {}
+    for name, p in network.start.items():
+        power = 10 ** float(23 * torch.rand((), generator=random) - 3)
+        noise = power * p.abs().mean() * torch.randn(p.shape, generator=random)
+        moved = (p + noise, p * power, torch.cat([p.flatten()[:3] * power, p.flatten()[3:]]).view_as(p))[seed % 3]
+        params[name] = moved if float(torch.rand((), generator=random)) < 0.6 else p
+    return network.rounded(params)
+
+
+def always_agrees(fast: FastPredictor, slow: SlowPredictor, params: dict[str, Tensor]) -> Tensor:
+    ours, theirs = fast.predict(params), slow.predict(params)
+    assert torch.equal(answers(ours.outputs), answers(theirs.outputs))
+    if fast.drift_items == slow.drift_items or not math.isfinite(theirs.drift):
+        assert ours.drift == pytest.approx(theirs.drift, rel=1e-3, abs=1e-6, nan_ok=True)
+    return answers(theirs.outputs)
+
+
+@pytest.mark.parametrize("rough", [False, True])
+@pytest.mark.parametrize("name", ["resnet", "mlp", "tied", "parts", "parts without norms"])
+def test_weights_of_any_size_give_the_answers_of_the_model_itself(
+    name: str, rough: bool, request: pytest.FixtureRequest
+) -> None:
+    if rough:
+        request.getfixturevalue("_always_rough")
+    if "parts" in name:
+        model, inputs = parts(norm=name == "parts")
+        chosen: Any = ("conv1.*", "bn1.*", "down.*", "bn2.*", "conv2.*")
+    else:
+        case = next(case for case in zoo.CASES if case.name == name)
+        inputs, chosen = case.inputs(61), case.parameters
+        model = diverse(case.model(), inputs)
+    fast, slow, network = compared(model, chosen, inputs)
+    found = [always_agrees(fast, slow, blown_up(network, seed)) for seed in range(45)]
+    assert any(bool((classes == -1).any()) for classes in found) or name != "resnet"
+
+
+@pytest.mark.parametrize("rough", [False, True])
+@pytest.mark.parametrize("seed", range(8))
+def test_models_that_overflow_before_any_edit_answer_as_themselves(
+    seed: int, rough: bool, request: pytest.FixtureRequest
+) -> None:
+    if rough:
+        request.getfixturevalue("_always_rough")
+    case = next(case for case in zoo.CASES if case.name == "resnet")
+    model, inputs = diverse(case.model(), case.inputs(61)), case.inputs(61)
+    whole = Network(model, "*")
+    with torch.no_grad():
+        for name, value in blown_up(whole, 3 * seed + 1).items():
+            model.get_parameter(name).copy_(value)
+        inputs[::5] *= 10.0 ** (4 * seed)
+    fast, slow, network = compared(model, case.parameters, inputs)
+    for scale in (0.01, 1.0, 30.0):
+        always_agrees(fast, slow, edited(network, scale))
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_rough_logits_that_are_not_finite_are_never_trusted(value: float) -> None:
+    exact = torch.eye(6) * 5
+    coarse = exact.clone()
+    coarse[4, 2] = value
+    logits, known = settle(coarse, lambda index: exact[index], torch.tensor([0, 1]), Screen(Categorical(), exact))
+    assert torch.equal(logits, exact) and bool(known[4])

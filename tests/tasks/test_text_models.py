@@ -94,6 +94,9 @@ def test_a_classifier_of_texts_is_edited_by_name_of_the_class(classifier_folder)
     assert all(torch.equal(value, before[key]) for key, value in kind.model.state_dict().items())
     with pytest.raises(InvalidInput, match="no class 'great'; expected one of bad, fine, good"):
         kind.classified(texts, ["great", "bad"])
+    for label in (-1, 3):
+        with pytest.raises(InvalidInput, match="expected 0 to 2"):
+            kind.classified(texts, ["bad", label])
 
 
 def test_answers_of_a_language_model_follow_the_prompt(language_folder):

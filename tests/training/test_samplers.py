@@ -109,6 +109,10 @@ def test_inputs_may_be_several_tensors():
         (lambda: RandomLabels(X[:0], 3), "empty"),
         (lambda: Mistakes(X, LABELS[1:]), r"labels of shape \(59,\)"),
         (lambda: RankMatched(X, LABELS, candidates=0), "candidates=0"),
+        (lambda: Mistakes(X, LABELS - 1), "Mistakes was given labels from -1 to"),
+        (lambda: Mistakes(X, LABELS.float()), "expected integers"),
+        (lambda: Mistakes(X, LABELS + 1).draw(2, network, generator()), f"expected 0 to {CLASSES - 1}"),
+        (lambda: RankMatched(X, LABELS + 1).draw(2, network, generator()), f"expected 0 to {CLASSES - 1}"),
         (lambda: Mixed([RandomLabels(X, 2)], [0.0]), "above 0"),
     ],
 )

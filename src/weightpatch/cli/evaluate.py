@@ -97,11 +97,14 @@ def draw(
     """Draw n edits: items that the model gets wrong, with their true labels, or any items, with random labels."""
     import torch
 
+    from .._calling import check_classes
     from ..evaluation import predict
 
-    wrong = (
-        (predict(model, data.images).argmax(1) != data.labels).nonzero().squeeze(1) if labels == "mistakes" else None
-    )
+    seen = data.images if labels == "mistakes" else data.images[:1]
+    logits = predict(model, seen)
+    asked = data.labels if labels == "mistakes" else torch.tensor([len(data.classes) - 1], device="cpu")
+    check_classes(asked, f"--labels {labels}", logits.shape[1])
+    wrong = (logits.argmax(1) != data.labels).nonzero().squeeze(1) if labels == "mistakes" else None
     return chosen(data, wrong, n, margin, torch.Generator().manual_seed(seed))
 
 

@@ -37,6 +37,7 @@ def train(
     """
     import torch
 
+    from .._calling import check_classes
     from ..evaluation import predict
     from ..training import Accurate, EditableObjective, Items, Ramp, TrainSettings
     from ..training import train as run
@@ -51,6 +52,8 @@ def train(
     options: dict[str, Any] = {"base_loss": _to_outputs} if told.distil else {}
     targets = predict(model, data.images) if told.distil else data.labels
     original = predict(model, held.images)
+    for labels in (data.labels, held.labels):
+        check_classes(labels, "train", original.shape[1])
     block = None if told.block is None else _add_block(told.block, model, data)
     objective = EditableObjective(
         model,

@@ -22,6 +22,7 @@ from .metric import Metric
 _RIVALS = 2  # of one demand added in a round, each a row: few of all classes are active, and a round is a pass
 _ROUNDS = 10  # in which the demands and rivals that a step would break join it
 _SLACK = 64  # roundings by which a demand is overshot: in a batch of another size the model answers a little otherwise
+_SLIGHT = 1e-3  # of a violation, or of a logit: what is left, where answers are affine, is of damping and rounding
 _ELASTIC = 1e-6  # the damping from which on demands that contradict each other are traded against each other
 
 
@@ -30,11 +31,12 @@ _ELASTIC = 1e-6  # the damping from which on demands that contradict each other 
 class GaussNewton(IterativeEditor):
     """Newton's method for inequalities: ``θ ← θ + α Δ``, Δ of ``min ½ ||Δ||_C² s.t. l_i + <G_i, Δ> ≤ -m_i`` for all i.
 
-    With l_i the violations at θ and G_i their gradients. At a linear readout one step is `MinimumNorm`'s answer; in an
-    inner layer the steps are those of its rounds, without a trust region (α below 1 damps them) and without a
-    certificate. In return a step is differentiable, so that Editable Training can go through the very solve that edits
-    are made with later. Of several answers that violate a demand, the rivals of `Classified`, the farthest are
-    linearised each. Demands that hold, and rivals that do not violate, join where the step would break them.
+    With l_i the violations at θ and G_i their gradients. At a linear readout one step is `MinimumNorm`'s answer to
+    classes, as long to a few parts in 10⁵; in an inner layer the steps are those of its rounds, without a trust region
+    (α below 1 damps them) and without a certificate. In return a step is differentiable, so that Editable Training can
+    go through the very solve that edits are made with later. Of several answers that violate a demand, the rivals of
+    `Classified`, the farthest are linearised each. Demands that hold, and rivals that do not violate, join where the
+    step would break them.
 
     The active set A, where λ > 0, is found without a graph. Where every active demand has λ > 0 and every other one is
     met with room to spare (strict complementarity), A stays the same nearby, the step is ``Δ = -C⁻¹ G_Aᵀ λ`` with
@@ -59,8 +61,9 @@ class GaussNewton(IterativeEditor):
     Args:
         lr: α, in full steps.
         metric: ``||Δ||_C`` from `weightpatch.statistics`; the Euclidean norm when not given.
-        overshoot: m_i, as a share of l_i, in demands that are violated; at least 0. In the others, and in addition, it
-            is what rounding and damping may take.
+        overshoot: m_i, as a share of l_i, in demands that are violated, where the step without it leaves one unmet; at
+            least 0. In the others, and in addition, it is what rounding and damping may take. At a linear readout it is
+            not asked for, and the step is the least one.
         damping: relative to the diagonal; above 0.
 
     Raises:
@@ -111,10 +114,12 @@ class GaussNewton(IterativeEditor):
         asked = _Asked(self, params)
         found = pieces
         for _ in range(_ROUNDS):
-            new = [place for place in _violated(found) if place not in asked.places]
-            if not new:
+            left = _violated(found)
+            new = [place for place in left if place not in asked.places]
+            if new:
+                asked.add(pieces, new)
+            elif not left or not asked.asks_for_more(pieces, found, left):
                 break
-            asked.add(pieces, new)
             with torch.no_grad():
                 change = asked.change()
                 moved = {name: p + change[name].to(p.dtype) for name, p in params.items()}
@@ -154,9 +159,11 @@ class _Asked:
 
     Attributes:
         places: of each row.
+        beyond: whether more is asked for than the linearised demands, as answers bend.
     """
 
     def __init__(self, editor: GaussNewton, params: Params) -> None:
+        self.beyond = False
         self._editor, self._params, self._moved = editor, params, list(params.values())
         self._space = Space({name: p.detach() for name, p in params.items()}, factored=True)
         self._eps = max(torch.finfo(p.dtype).eps for p in self._moved)
@@ -164,7 +171,7 @@ class _Asked:
         self._rows: list[Vector] = []  # G and C⁻¹ Gᵀ
         self._moves: list[Vector] = []
         self._gram = self._moved[0].detach().new_zeros(0, 0, dtype=torch.float64)
-        self._right = self._weights = self._gram.new_zeros(0)
+        self._right = self._weights = self._taken = self._gram.new_zeros(0)
         self._damping = editor.damping
 
     def add(self, pieces: Sequence[Piece], places: Sequence[_Place]) -> None:
@@ -182,8 +189,27 @@ class _Asked:
         self._gram = (grown + grown.mT) / 2
         aims = [self._aim(number).detach().reshape(1) for number in numbers]
         self._right = torch.cat([self._right, *aims])
+        self._taken = torch.cat([self._taken, self._taken.new_zeros(len(aims))])
         self.places += places
         self._solve()
+
+    def asks_for_more(self, pieces: Sequence[Piece], found: Sequence[Piece], left: Sequence[_Place]) -> bool:
+        """Solve for more, where the step leaves something unmet; say whether there was more to ask for.
+
+        At first it is what damping takes from the multipliers, where hardly anything is left: answers are affine.
+        """
+        before, after = (torch.stack([_number(some, place).detach() for place in left]) for some in (pieces, found))
+        slight = bool((after <= _SLIGHT * before.abs().clamp_min(1)).all())
+        if slight and self._damping == self._editor.damping and not bool(self._taken.any()):
+            self._taken = self._damping * self._gram.diagonal() * self._weights
+        elif not self.beyond:
+            self.beyond = True
+        else:
+            return False
+        aims = [self._aim(_number(pieces, place)).detach().reshape(1) for place in self.places]
+        self._right = torch.cat(aims) + self._taken
+        self._solve()
+        return True
 
     def change(self) -> Params:
         """Return Δ, float64."""
@@ -205,7 +231,7 @@ class _Asked:
         # Of the diagonal, which is quadratic in a row, this has the value and the derivative.
         size = 2 * torch.stack([_inner(row, move) for row, move in zip(rows, moves, strict=True)]) - gram.diagonal()
         shares = torch.stack([_inner(row, pushed) for row in rows]) + self._damping * size * weights
-        missed = torch.stack([self._aim(number) for number in numbers]) - shares
+        missed = torch.stack([self._aim(number) for number in numbers]) + self._taken[active] - shares
         damped = gram + self._damping * gram.diagonal().diag()
         more = torch.linalg.pinv(damped, hermitian=True) @ missed
         found: Params = {}
@@ -232,7 +258,8 @@ class _Asked:
         """Return ``l + m``, float64."""
         value = number.double()
         slack = _SLACK * torch.finfo(number.dtype).eps + 2 * self._editor.damping
-        return value + self._editor.overshoot * value.relu() + slack * value.abs().clamp_min(1)
+        share = self._editor.overshoot if self.beyond else 0.0
+        return value + share * value.relu() + slack * value.abs().clamp_min(1)
 
     def _gradient(self, number: Tensor, *, create_graph: bool) -> Sequence[Tensor | None]:
         if not number.requires_grad:

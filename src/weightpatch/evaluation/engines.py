@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._calling import Inputs, Output, Params, length, outputs, rows, selected
 from ..network import Network, Recording, structural_clone
-from .steps import Whole
+from .steps import Whole, fits
 from .tracing import Recorded, Suffix, Trace
 
 __all__ = ["Engine", "Head", "Replayed", "Traced"]
@@ -34,6 +34,10 @@ class Engine(ABC):
     @abstractmethod
     def some(self, weights: Any, index: Tensor) -> Tensor:
         """Return the logits of the items in `index`, shape (len(index), classes)."""
+
+    def fits(self, weights: Any) -> bool:
+        """Say whether the weights are so far from overflow that `over` gives what a full pass does, or NaN."""
+        return True
 
     @abstractmethod
     def batch(self, params: Params, number: int) -> Tensor:
@@ -89,6 +93,10 @@ class Traced(Engine):
         """Fold and convert the weights."""
         return self._suffix.prepare(params)
 
+    def fits(self, weights: Any) -> bool:
+        """Look at the folded weights; values on the way are looked at as they are made."""
+        return self._suffix.fits(weights)
+
     def over(self, weights: Any) -> Tensor:
         """Return the logits of all items."""
         return self._suffix.over(weights)
@@ -122,11 +130,15 @@ class Head(Engine):
     def __init__(self, traced: Traced, features: Tensor, step: Whole) -> None:
         self._traced, self._features, self._names = traced, features, step.names
         self._own = {name: value.detach() for name, value in step.module.named_parameters()}
-        self._base = self._logits(self._own)
+        self._base, self._fits = self._logits(self._own), bool(fits(features))
 
     def weights(self, params: Params) -> Params:
         """Return the layer's weight and bias."""
         return {own: params.get(self._names.get(own, ""), value) for own, value in self._own.items()}
+
+    def fits(self, weights: Params) -> bool:
+        """Look at what is recorded, and at the weights."""
+        return self._fits and all(bool(fits(value)) for value in (*weights.values(), *self._own.values()))
 
     def over(self, weights: Params) -> Tensor:
         """Return the logits of all items."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,15 @@ from ..network import Network
 from .engines import Engine, Replayed, Traced
 from .judging import Asked
 from .screening import Screen, settle
+from .steps import fits
 
 __all__ = ["Drift", "FastPredictor", "Prediction", "Predictor", "SlowPredictor"]
 
 _SAMPLE = 500
 _SCREENED = 2000  # items below which approximating first is not worth its overhead
 _GAIN = 0.6  # the share of the exact time that an approximation may take
+_USUAL = 1e3  # weights above which, and
+_GROWN = 64  # times the largest of a tensor, above which what some items err by in bfloat16 says nothing of others
 _LARGE = 2_000_000  # logits, above which float64 is not worth its time
 _EQUAL = 1e-4  # of the largest output: how far those of a trace may be off
 _FEW = 64  # items on which the rounding of passes that are not traced is seen
@@ -133,8 +137,10 @@ class FastPredictor(Predictor):
         with self._network.isolated(), torch.no_grad():
             start = network.rounded(network.start)
             self._fine = self._engine(model, start)
-            found = self._fine.over(self._fine.weights(start))
-            exact = found if self._asked.discrete else self._whole(start, self._batch)
+            finely = self._finely(start)
+            found = exact = self._whole(start, self._full) if finely is None else finely
+            if finely is not None and not self._asked.discrete:
+                exact = self._whole(start, self._batch)
             self.likelihood, counts = self._asked.read(exact)
             self._says = self.likelihood.margin(found[:1], exact[:1]) is not None
             if not self._says:
@@ -143,9 +149,10 @@ class FastPredictor(Predictor):
             self._screen = Screen(self.likelihood, exact)
             self._drift = Drift(found, self.likelihood, counts)
             screened = self._says and self._asked.discrete
-            self.base = self._untied(start, found.clone()) if screened else exact
-            self._coarse = None
-            if screened and drift_items != n:
+            self.base = self._untied(start, found.clone()) if screened and finely is not None else exact
+            self._coarse, self._most = None, _limits(start)
+            usual = all(bool(_size(value) <= _USUAL) for value in model.parameters())
+            if screened and usual and drift_items != n:
                 self._coarse = self._faster(start, n, wanted=drift_items is not None)
             self.drift_items = n if self._coarse is None else len(self._sample)
             if self._coarse is not None:
@@ -154,22 +161,45 @@ class FastPredictor(Predictor):
     def predict(self, params: Params) -> Prediction:
         """Return the answers, as a full pass gives them."""
         with self._network.isolated(), torch.no_grad():
-            if not all(bool(value.isfinite().all()) for value in params.values()):
-                # Fused rectifiers turn NaN into 0, where the model's own hand it on.
-                found = self._whole(params, self._full)
+            told = None if self._coarse is None else self._roughly(self._coarse, params)
+            if told is not None:
+                return told
+            found = self._finely(params) if self._says else None
+            if found is None:
+                found = self._whole(params, self._full if self._says else self._batch)
                 return Prediction(found, self._drift.to(found), len(found))
-            if not self._says:
-                found = self._whole(params, self._batch)
-                return Prediction(found, self._drift.to(found), len(found))
-            weights = self._fine.weights(params)
-            if self._coarse is None:
-                found = self._fine.over(weights)
-                drift = self._drift.to(found)
-                return Prediction(self._untied(params, found), drift, len(found))
-            coarse = self._coarse.over(self._coarse.weights(params))
-            found, known = settle(coarse, lambda index: self._fine.some(weights, index), self._sample, self._screen)
-            drift = self._corrected(coarse, found)
-            return Prediction(self._untied(params, found), drift, int(known.sum()))
+            drift = self._drift.to(found)
+            return Prediction(self._untied(params, found), drift, len(found))
+
+    def _roughly(self, engine: Engine, params: Params) -> Prediction | None:
+        """Return the answers from rough outputs, and from exact ones where it matters; None where they are too rough.
+
+        How far they are off is seen on a sample, and says nothing where one number may overflow, or where weights are
+        so large that a few outputs hang on few values.
+        """
+        weights = self._fine.weights(params)
+        grown = any(bool(_size(value) > self._most[name]) for name, value in params.items())
+        if grown or not self._far_from_overflow(weights, params):
+            return None
+        coarse = engine.over(engine.weights(params))
+        if not bool(coarse.isfinite().all()):
+            return None
+        found, known = settle(coarse, lambda index: self._fine.some(weights, index), self._sample, self._screen)
+        if not bool(found.isfinite().all()):
+            return None
+        drift = self._corrected(coarse, found)
+        return Prediction(self._untied(params, found), drift, int(known.sum()))
+
+    def _finely(self, params: Params) -> Tensor | None:
+        """Return all outputs, to rounding; None where a number may overflow, of which other operations make another."""
+        weights = self._fine.weights(params)
+        if not self._far_from_overflow(weights, params):
+            return None
+        found = self._fine.over(weights)
+        return found if bool(found.isfinite().all()) else None
+
+    def _far_from_overflow(self, weights: Any, params: Params) -> bool:
+        return all(bool(fits(value)) for value in params.values()) and self._fine.fits(weights)
 
     def _corrected(self, coarse: Tensor, found: Tensor) -> float:
         """Estimate the drift with the rough one as control variate: where nothing changed, both are 0."""
@@ -202,7 +232,8 @@ class FastPredictor(Predictor):
             self._batch = traced.batch if torch.equal(traced.batch(start, 0), exact) else self._full
             if (off := float(self._error.abs().max())) < _EQUAL:
                 return traced
-            self.untraced_because = f"its outputs are off by {off:.1g} of the largest"
+            finite = math.isfinite(off)
+            self.untraced_because = f"its outputs are off by {off:.1g} of the largest" if finite else "it overflows"
         except Exception as error:  # whatever goes wrong on the fast way, the plain one is left
             self.untraced_because = f"{type(error).__name__}: {error}"
         replayed = Replayed(self._network, self._inputs, self._batch_size, self._sample, output)
@@ -228,6 +259,17 @@ class FastPredictor(Predictor):
             return None
         fine = _seconds_an_item(self._fine, start)
         return rough if wanted or (fine * n > _NEGLIGIBLE and coarse < _GAIN * fine) else None
+
+
+def _size(value: Tensor) -> Tensor:
+    return value.float().abs().amax() if value.numel() else value.new_zeros(())
+
+
+def _limits(start: Params) -> dict[str, Tensor]:
+    """Return up to which size the weights of each tensor are near those of the unedited model."""
+    own = {name: _size(value) for name, value in start.items()}
+    largest = torch.stack(list(own.values())).amax()
+    return {name: (_GROWN * value.where(value > 0, largest)).clamp_max(_USUAL) for name, value in own.items()}
 
 
 @final

@@ -15,7 +15,20 @@ from torch import Tensor, fx, nn
 
 from .._calling import Params
 
-__all__ = ["Convolution", "Halving", "Step", "Whole", "channels_last", "convolve", "fused_steps", "plain_steps"]
+__all__ = [
+    "Convolution",
+    "Halving",
+    "Step",
+    "Whole",
+    "channels_last",
+    "convolve",
+    "fits",
+    "fused_steps",
+    "plain_steps",
+]
+
+# Up to here a sum of a million products of a weight and a value overflows in no order, and not even squared beforehand
+_LARGEST = 1e15
 
 _ADDS = (operator.add, operator.iadd, torch.add)
 _ACTIVATIONS = (F.relu, torch.relu, "relu", "relu_")
@@ -196,6 +209,16 @@ class Halving(Step):
         x = torch.maximum(x[:, :, 0::2], x[:, :, 1::2])
         x = torch.maximum(x[:, :, :, 0::2], x[:, :, :, 1::2])
         return x.view(torch.bfloat16) if bits else x
+
+
+def fits(tensor: Tensor) -> Tensor:
+    """Say whether all numbers of a tensor are far from overflow, and none is NaN: bool, a scalar on its device."""
+    dense = tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor  # which copies nothing of channels last
+    flat = dense.reshape(-1)
+    if not len(flat) or not flat.is_floating_point():
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    low, high = torch.aminmax(flat)
+    return (low >= -_LARGEST) & (high <= _LARGEST)
 
 
 def channels_last(tensor: Tensor) -> Tensor:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, final
 
 import torch
 from torch import Tensor, fx, nn
 
 from .._calling import Inputs, Output, Params, length, read, rows, selected
-from .products import Shortcut
-from .steps import Convolution, Step, Whole, fused_steps, plain_steps
+from .products import Corrected, Shortcut
+from .steps import Convolution, Step, Whole, fits, fused_steps, plain_steps
 
 __all__ = ["Recorded", "Suffix", "Trace"]
 
+_PRODUCTS = {"matmul", "bmm", "mm", "linear", "addmm", "baddbmm", "einsum", "conv1d", "conv2d", "conv3d", "bilinear"}
+_PRODUCTS |= {"scaled_dot_product_attention", "multi_head_attention_forward"}
 _WORKING_SET = 8 << 20  # bytes of the largest activation of one pass: what caches hold
 
 Prepared = list[tuple[Step, Any]]
@@ -143,10 +145,11 @@ class Suffix:
     def __init__(
         self, trace: Trace, recorded: Recorded, dtype: torch.dtype, *, room: int = 0, plain: bool = False
     ) -> None:
-        self.trace, self.dtype, self._recorded = trace, dtype, recorded
+        self.trace, self.dtype, self._recorded, self._plain = trace, dtype, recorded, plain
         self._steps = trace.plain if plain else trace.fused
         self._head = _head(self._steps, trace.result) if dtype == torch.bfloat16 else None
         self._fixed = {step: self._weights(step, {}) for step in self._steps if not step.edited}
+        self._fixed_fit = _fit(self._fixed.values())
         self._last = _last_uses(self._steps, trace.result)
         self._shortcuts: dict[Step, Shortcut] = {}
         self._dirty, self._chunk = self._tried()
@@ -197,13 +200,24 @@ class Suffix:
         _advance(step, weights, values)
 
     def run(self, prepared: Prepared, cut: dict[fx.Node, Tensor]) -> Tensor:
-        """Return the logits of one batch in float32, shape (n, classes)."""
+        """Return the logits of one batch in float32, shape (n, classes); NaN where a value on the way may overflow.
+
+        Where it does, other operations make something else of it: a fused rectifier turns NaN into 0.
+        """
         values: dict[fx.Node, Any] = {node: v.clone() if self._dirty else v for node, v in cut.items()}
+        fine: list[Tensor] = []
         for step, weights in prepared:
+            if not self._plain and _multiplies(step):
+                fine += [fits(values[node]) for node in _nodes(step) if isinstance(values[node], Tensor)]
             self._advance(step, weights, values)
             for node in self._last.get(step.node, ()):
                 del values[node]
-        return selected(values[self.trace.result], self.trace.finds)
+        found = selected(values[self.trace.result], self.trace.finds)
+        return found.where(torch.stack(fine).all(), torch.nan) if fine else found
+
+    def fits(self, prepared: Prepared) -> bool:
+        """Say whether the weights of all steps are far from overflow."""
+        return self._fixed_fit and _fit(weights for step, weights in prepared if step not in self._fixed)
 
     def first(self, prepared: Prepared) -> Tensor:
         """Return the logits of as many items as are run at once."""
@@ -241,6 +255,27 @@ def _nodes(step: Step) -> Iterator[fx.Node]:
     found: list[fx.Node] = []
     fx.node.map_arg((step.args, step.kwargs), found.append)
     yield from found
+
+
+def _multiplies(step: Step) -> bool:
+    """Say whether a step makes sums of products, in an order of its own."""
+    named = getattr(getattr(step, "function", None), "__name__", "")
+    module = isinstance(step, Whole) and any(True for _ in step.module.parameters())
+    return module or isinstance(step, (Convolution, Corrected)) or named in _PRODUCTS
+
+
+def _fit(weights: Iterable[Any]) -> bool:
+    return all(bool(fits(tensor)) for some in weights for tensor in _tensors(some))
+
+
+def _tensors(weights: Any) -> Iterator[Tensor]:
+    for part in weights if isinstance(weights, tuple) else (weights,):
+        if isinstance(part, nn.Module):
+            yield from part.state_dict().values()
+        elif isinstance(part, dict):
+            yield from part.values()
+        elif isinstance(part, Tensor):
+            yield part
 
 
 def _with_constants(after: list[Step], steps: list[Step]) -> list[Step]:

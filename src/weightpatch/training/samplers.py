@@ -11,7 +11,7 @@ from typing import TypeAlias, final
 import torch
 from torch import Generator, Tensor
 
-from .._calling import Function, Inputs, check_batch, length, outputs, rows
+from .._calling import Function, Inputs, check_batch, check_classes, length, outputs, rows
 from ..constraints import Classified, Constraint
 from ..errors import InvalidInput
 from .episodes import Episode
@@ -91,8 +91,15 @@ class Labelled(Sampler):
             raise InvalidInput(
                 f"{who} was given {n} inputs and labels of shape {tuple(self.labels.shape)}; expected ({n},)"
             )
+        check_classes(self.labels, who)
         if self.candidates < 1:
             raise InvalidInput(f"{who} was given candidates={self.candidates}; expected at least 1")
+
+    def _asked(self, function: Function, some: Tensor) -> Tensor:
+        """Return the network's logits of some items, (n, classes), where all labels are among these classes."""
+        logits = outputs(function, rows(self.inputs, some))
+        check_classes(self.labels, type(self).__name__, logits.shape[-1])
+        return logits
 
 
 @final
@@ -105,7 +112,7 @@ class Mistakes(Labelled):
         found: list[Tensor] = []
         order = torch.randperm(len(self.labels), generator=generator, device="cpu")
         for some in torch.split(order, self.candidates):
-            answers = outputs(function, rows(self.inputs, some)).argmax(-1).to(self.labels.device)
+            answers = self._asked(function, some).argmax(-1).to(self.labels.device)
             found.append(some[(answers != self.labels[some]).cpu()])
             if sum(map(len, found)) >= count:
                 break
@@ -130,7 +137,7 @@ class RankMatched(Labelled):
     def draw(self, count: int, function: Function, generator: Generator) -> list[Episode]:
         """Measure the ranks on candidates, and ask the first of them for classes of such ranks."""
         some = torch.randperm(len(self.labels), generator=generator, device="cpu")[: max(self.candidates, count)]
-        order = outputs(function, rows(self.inputs, some)).argsort(-1, descending=True).cpu()
+        order = self._asked(function, some).argsort(-1, descending=True).cpu()
         ranks = (order == self.labels[some].cpu()[:, None]).int().argmax(-1)
         ranks = ranks[ranks > 0] if bool((ranks > 0).any()) else torch.ones(1, dtype=torch.int64, device="cpu")
         chosen = torch.randperm(len(some), generator=generator, device="cpu")[:count]

@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from weightpatch._calling import check_classes
 from weightpatch.constraints import Classified
 from weightpatch.errors import InvalidInput
 from weightpatch.locality import Locality
@@ -48,8 +49,9 @@ class TextClassifier:
         unknown = [label for label in labels if isinstance(label, str) and label not in names]
         if unknown:
             raise InvalidInput(f"there is no class {unknown[0]!r}; expected one of {', '.join(names)}")
-        wanted = [names[label] if isinstance(label, str) else label for label in labels]
-        return Classified(self.inputs(texts), torch.tensor(wanted, device="cpu"), margin)
+        wanted = torch.tensor([names[label] if isinstance(label, str) else label for label in labels], device="cpu")
+        check_classes(wanted, "classified", len(names))
+        return Classified(self.inputs(texts), wanted, margin)
 
     def kept(self, texts: Sequence[str]) -> Locality:
         """Return what should stay: the class probabilities of n texts."""
