@@ -48,8 +48,9 @@ from weightpatch.editors import (
 from weightpatch.editors import ladder as rmsprop_ladder
 from weightpatch.editors.base import Solution
 from weightpatch.evaluation import Sequential, figures
+from weightpatch.likelihoods import Categorical
 from weightpatch.problem import Problem
-from weightpatch.statistics import categorical, second_moments
+from weightpatch.statistics import second_moments
 from weightpatch.tasks import images
 
 HERE = Path(__file__).parent
@@ -88,7 +89,7 @@ def part(
     two_sided: bool = False,
     **settings: int,
 ) -> Part:
-    likelihood, outputs = (categorical, OUTPUT_SHRINKAGE) if two_sided else (None, None)
+    likelihood, outputs = (Categorical(), OUTPUT_SHRINKAGE) if two_sided else (None, None)
     moments = second_moments(model, train.images[:REFERENCE], parameters=parameters, likelihood=likelihood)
     settings = {"max_steps": 40, **settings} if kind is Preconditioned else settings
     return Part(model, parameters, kind(metric=moments.metric(SHRINKAGE, output_shrinkage=outputs), **settings))
@@ -96,7 +97,7 @@ def part(
 
 def ladder(model: torch.nn.Module, parameters: tuple[str, ...], train: images.LabelledImages, **budget: float) -> Part:
     """Return `Auto` as `wp.edit` makes it, with statistics of 10,000 images."""
-    moments = second_moments(model, train.images[:REFERENCE], parameters=parameters, likelihood=categorical)
+    moments = second_moments(model, train.images[:REFERENCE], parameters=parameters, likelihood=Categorical())
     metric = moments.metric(SHRINKAGE, output_shrinkage=OUTPUT_SHRINKAGE)
     gate = "fc.head" if parameters == (images.EDITED,) else "fc"
     made = Auto.late(metric, gate=gate, budget=Budget(**budget), altered=images.altered)
@@ -240,7 +241,7 @@ class Noting(Editor):
 def sequences(train: images.LabelledImages) -> dict[str, tuple[Part, int, bool]]:
     """Return by name what makes edits one on another, how many, and whether each meets the earlier demands too."""
     small, scope = images.fashion_classifier, (*CONVOLUTIONS, "fc.*")
-    moments = second_moments(small(), train.images[:REFERENCE], parameters=scope, likelihood=categorical)
+    moments = second_moments(small(), train.images[:REFERENCE], parameters=scope, likelihood=Categorical())
     metric = moments.metric(SHRINKAGE, output_shrinkage=OUTPUT_SHRINKAGE)
     auto = Auto.late(metric, gate="fc", budget=Budget(changed=TOTAL, seconds=0.3), count=1024)
     return {

@@ -45,8 +45,9 @@ from weightpatch.editors import (
     Shrink,
 )
 from weightpatch.evaluation.generations import SlowGenerations
+from weightpatch.likelihoods import Categorical
 from weightpatch.preparing import prepared
-from weightpatch.statistics import categorical, second_moments
+from weightpatch.statistics import second_moments
 from weightpatch.tasks import text, translation
 from weightpatch.training import SparseBlock, add_block
 
@@ -98,7 +99,7 @@ def metric(kind: text.Generating, parameters: tuple[str, ...]) -> Any:
     """Return the metric of the layers' inputs at the tokens of training translations; padding does not count."""
     pairs = translation.libreoffice("train")[:REFERENCE]
     keep = kind.kept(pairs.german, pairs.english)
-    moments = second_moments(kind.model, keep, parameters=parameters, likelihood=categorical)
+    moments = second_moments(kind.model, keep, parameters=parameters, likelihood=Categorical())
     return moments.metric(SHRINKAGE, output_shrinkage=OUTPUT_SHRINKAGE)
 
 

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from weightpatch.constraints import Constraint, Within
 from weightpatch.editors import GaussNewton, GradientDescent
-from weightpatch.statistics import categorical, second_moments
+from weightpatch.likelihoods import Categorical
+from weightpatch.statistics import second_moments
 from weightpatch.tasks.text import Seq2Seq, load
 from weightpatch.tasks.translation._bitext import Bitext
 from weightpatch.tasks.translation._pairs import Pairs, libreoffice
@@ -193,7 +194,7 @@ def measuring(told: dict[str, Any], translator: Seq2Seq, pairs: Pairs) -> Callab
             draw = torch.Generator().manual_seed(step - step % every)
             some = [pairs[i] for i in torch.randperm(len(pairs), generator=draw)[: told["reference"]].tolist()]
             keep = translator.kept([german for german, _ in some], [english for _, english in some])
-            moments = second_moments(objective.model, keep, parameters=objective.names, likelihood=categorical)
+            moments = second_moments(objective.model, keep, parameters=objective.names, likelihood=Categorical())
             objective.editor = replace(editor, metric=moments.metric(0.001, output_shrinkage=0.1))
 
     return measure

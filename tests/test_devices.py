@@ -23,8 +23,9 @@ from weightpatch.editing import Result
 from weightpatch.editors import Gate, KeyValue, LowRank, MinimumNorm, RMSProp
 from weightpatch.evaluation.generations import SlowGenerations
 from weightpatch.evaluation.predictor import FastPredictor, SlowPredictor
+from weightpatch.likelihoods import Categorical
 from weightpatch.network import Network
-from weightpatch.statistics import categorical, second_moments
+from weightpatch.statistics import second_moments
 from weightpatch.training import EditableObjective, RandomLabels, TrainSettings, train
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator"))
@@ -110,9 +111,9 @@ def test_an_evaluation(place: Place) -> None:
 
 def test_two_sided_moments_are_those_of_the_cpu(place: Place) -> None:
     model, inputs = place.case(next(case for case in zoo.CASES if case.name == "mlp"))
-    wanted = second_moments(copy.deepcopy(model).cpu(), inputs(40).cpu(), parameters="3.*", likelihood=categorical)
+    wanted = second_moments(copy.deepcopy(model).cpu(), inputs(40).cpu(), parameters="3.*", likelihood=Categorical())
     with place.here():
-        found = second_moments(model, inputs(40), parameters="3.*", likelihood=categorical)
+        found = second_moments(model, inputs(40), parameters="3.*", likelihood=Categorical())
     for name, layer in found.layers.items():
         torch.testing.assert_close(layer.total.cpu(), wanted.layers[name].total, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(layer.fisher.cpu(), wanted.layers[name].fisher, rtol=1e-4, atol=1e-6)

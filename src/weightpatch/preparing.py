@@ -13,15 +13,14 @@ from .editors import Auto, Editor
 from .editors.base import parts
 from .editors.metric import Metric
 from .errors import InvalidInput
+from .likelihoods import Categorical, Likelihood
 from .locality import Locality
 from .network import GATE, Network, is_linear, is_transposed, select, with_slots, with_taps
-from .statistics import called, categorical, on_path, second_moments
+from .statistics import called, on_path, second_moments
 
 __all__ = ["prepared"]
 
 _WIDEST = 4096  # inputs, or outputs, of a layer whose second moments are taken unasked: their inverse takes a second
-_OUTPUT_SHRINKAGE = 0.1  # on Fashion-MNIST a third less drawdown than without, at equal success
-_SHRINKAGE = 0.001  # the least drawdown of 0.0003 to 0.1 on Fashion-MNIST, from 100 reference images to 10,000
 
 
 def prepared(
@@ -84,14 +83,15 @@ def _completed(
 def _metric(model: nn.Module, names: Sequence[str], keep: Locality) -> Metric:
     """Return the metric of these layers on what is kept: two-sided where there are more answers than outputs.
 
-    Of fewer answers most directions of the outputs would not be seen, and seem free.
+    Of fewer answers most directions of the outputs would not be seen, and seem free. A likelihood that cannot be
+    sampled says nothing of the outputs.
     """
     sides, chosen = _sides(model), [escape(name) for name in names]
     answers = check_batch(keep.inputs, "Locality") if keep.mask is None else int(keep.mask.sum())
     seen = all(sides[name][0] <= min(answers, _WIDEST) for name in names)
-    moments = second_moments(model, keep, parameters=chosen, likelihood=categorical if seen else None)
-    matter = all(layer.fisher is not None and bool(layer.fisher.any()) for layer in moments.layers.values())
-    return moments.metric(_SHRINKAGE, output_shrinkage=_OUTPUT_SHRINKAGE if matter else None)
+    likelihood = keep.likelihood or Categorical()
+    seen = seen and type(likelihood).sample is not Likelihood.sample
+    return second_moments(model, keep, parameters=chosen, likelihood=likelihood if seen else None).metric()
 
 
 def _sides(model: nn.Module) -> dict[str, tuple[int, int]]:

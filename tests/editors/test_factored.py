@@ -15,7 +15,8 @@ from weightpatch.editors._factors import Factors, factors_of
 from weightpatch.editors._vectors import Space
 from weightpatch.editors.metric import Metric
 from weightpatch.errors import InvalidInput
-from weightpatch.statistics import categorical, second_moments
+from weightpatch.likelihoods import Categorical
+from weightpatch.statistics import second_moments
 
 OUT, IN, TALL = 64, 300, 1100
 KINDS = {"nothing": None, "zero": 0, "one": 1, "three": 3, "all": OUT}
@@ -42,7 +43,7 @@ def flat(parts: dict[str, Tensor]) -> Tensor:
 
 def moments(two_sided: bool = False, bias: bool = True) -> Metric:
     model = nn.Linear(IN, OUT, bias=bias).double()
-    return second_moments(model, drawn(50, IN), likelihood=categorical if two_sided else None).metric(
+    return second_moments(model, drawn(50, IN), likelihood=Categorical() if two_sided else None).metric(
         0.01, output_shrinkage=0.1 if two_sided else None
     )
 
@@ -200,7 +201,7 @@ def test_an_edit_with_factors_is_one_without(case: str, distance: bool, monkeypa
     model, x = Net().double(), drawn(6, IN, seed=3)
     metric = None
     if two_sided is not None:
-        found = second_moments(model, drawn(200, IN), parameters=names, likelihood=categorical if two_sided else None)
+        found = second_moments(model, drawn(200, IN), parameters=names, likelihood=Categorical() if two_sided else None)
         metric = found.metric(0.01, output_shrinkage=0.1 if two_sided else None)
     editor = MinimumNorm(metric=metric)
     fix: Constraint = Classified(x, torch.arange(6), margin=0.1)

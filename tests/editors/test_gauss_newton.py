@@ -16,8 +16,9 @@ from weightpatch.constraints import All, Classified, Constraint, Within
 from weightpatch.editors import Bounded, GaussNewton, GradientDescent, Metric, MinimumNorm
 from weightpatch.editors.base import direction
 from weightpatch.errors import InvalidInput, NotEditable
+from weightpatch.likelihoods import Categorical
 from weightpatch.problem import Problem
-from weightpatch.statistics import categorical, second_moments
+from weightpatch.statistics import second_moments
 from weightpatch.training import EditableObjective, Episode
 from weightpatch.training.config import read_config
 from weightpatch.training.unrolling import Adjoint, Unrolled
@@ -38,7 +39,7 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 def metric_of(model: nn.Module, names: Sequence[str], *, two_sided: bool = False) -> Metric:
     x = drawn(80, 4, seed=9)
-    moments = second_moments(model, x, parameters=tuple(names), likelihood=categorical if two_sided else None)
+    moments = second_moments(model, x, parameters=tuple(names), likelihood=Categorical() if two_sided else None)
     return moments.metric(0.05, output_shrinkage=0.1 if two_sided else None)
 
 

@@ -133,7 +133,7 @@ def test_emmet_holds_for_a_batch_and_is_the_papers(m: int):
     x, v = drawn(m, WIDTH, seed=2), drawn(m, OUT, seed=3)
     C_inverse, K, R = torch.linalg.inv(covariance(reference, 0.01)), x.T, v.T
     expected = R @ torch.linalg.inv(K.T @ C_inverse @ K) @ K.T @ C_inverse
-    editor = KeyValue.emmet("0", second_moments(model, reference).metric())
+    editor = KeyValue.emmet("0", second_moments(model, reference).metric(0.01))
     delta = edited(model, far(model, x), with_values(editor, v), "0.weight")
     torch.testing.assert_close(delta, expected, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(delta @ K, R, rtol=1e-9, atol=1e-11)
@@ -151,7 +151,7 @@ def test_memit_solves_the_normal_equations(m: int, weight: float):
     model, reference = nn.Sequential(layer()), drawn(50, WIDTH, seed=1)
     x, v = drawn(m, WIDTH, seed=2), drawn(m, OUT, seed=3)
     K, R = x.T, v.T
-    editor = KeyValue.memit("0", second_moments(model, reference).metric(), weight)
+    editor = KeyValue.memit("0", second_moments(model, reference).metric(0.01), weight)
     delta = edited(model, far(model, x), with_values(editor, v), "0.weight")
     left = delta @ (weight * covariance(reference, 0.01) + K @ K.T)
     torch.testing.assert_close(left, R @ K.T, rtol=1e-9, atol=1e-10)
@@ -162,7 +162,7 @@ def test_memit_is_the_same_in_single_precision():
     for dtype in (torch.float64, torch.float32):
         model, reference = nn.Sequential(layer()).to(dtype), drawn(50, WIDTH, seed=1).to(dtype)
         x, v = drawn(4, WIDTH, seed=2).to(dtype), drawn(4, OUT, seed=3)
-        editor = KeyValue.memit("0", second_moments(model, reference).metric(), 0.5)
+        editor = KeyValue.memit("0", second_moments(model, reference).metric(0.01), 0.5)
         changes.append(edited(model, far(model, x), with_values(editor, v), "0.weight"))
     torch.testing.assert_close(*changes, rtol=0, atol=1e-5)
 
@@ -258,7 +258,7 @@ def test_memit_spreads_what_is_lacking_over_the_layers():
     torch.manual_seed(0)
     model, reference, x, v = Residual().double(), drawn(60, 5, seed=1), drawn(3, 5, seed=2), drawn(3, 5, seed=3)
     names = tuple(f"down.{place}" for place in range(3))
-    metric = second_moments(model, reference, parameters="down.*").metric()
+    metric = second_moments(model, reference, parameters="down.*").metric(0.01)
     editor = with_values(KeyValue.memit(names, metric, 0.1, at="stream"), v)
     found = wp.edit(model, far(model, x), editor, parameters="down.*")
     assert found.patch is not None

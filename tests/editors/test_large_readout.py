@@ -18,8 +18,9 @@ from weightpatch.editing import Result
 from weightpatch.editors import Metric, MinimumNorm, _cuts
 from weightpatch.editors._vectors import Space
 from weightpatch.errors import InvalidInput
+from weightpatch.likelihoods import Categorical
 from weightpatch.patches.operations import Full, LowRank
-from weightpatch.statistics import categorical, second_moments
+from weightpatch.statistics import second_moments
 
 CLASSES, WIDTH, DEMANDS = 20_000, 24, 6
 
@@ -192,7 +193,7 @@ def test_a_tied_readout_is_edited_as_what_it_is_or_untied_first():
 
 def test_the_outputs_of_a_vocabulary_have_no_moments():
     with pytest.raises(InvalidInput, match="20000 outputs"):
-        second_moments(Reader(), drawn(3, 10).float(), parameters="head.*", likelihood=categorical)
+        second_moments(Reader(), drawn(3, 10).float(), parameters="head.*", likelihood=Categorical())
 
 
 def test_a_wide_regression_changes_the_rows_that_are_asked_about():

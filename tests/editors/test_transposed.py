@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 import weightpatch as wp
 from weightpatch.constraints import Classified
 from weightpatch.editors import Editor, Gate, GaussNewton, KeyValue, Metric, MinimumNorm, Preconditioned
-from weightpatch.statistics import Moments, categorical, second_moments
+from weightpatch.likelihoods import Categorical
+from weightpatch.statistics import Moments, second_moments
 
 WIDE = 300  # from where on factors of low rank are held
 
@@ -49,7 +51,7 @@ def inputs(n: int, width: int = 6, seed: int = 1) -> Tensor:
 
 
 def moments(model: nn.Module, width: int, parameters: str) -> Moments:
-    return second_moments(model, inputs(40, width), parameters=parameters, likelihood=categorical)
+    return second_moments(model, inputs(40, width), parameters=parameters, likelihood=Categorical())
 
 
 EDITORS: dict[str, Callable[[Metric, str], Editor]] = {
@@ -74,7 +76,7 @@ def test_an_edit_is_that_of_the_layer_the_right_way_round(
     moved, violations = [], []
     for model in pair(width, hidden, readout=layer == "2"):
         measured = moments(model, width, f"{layer}.*")
-        metric = measured.metric(output_shrinkage=0.1 if two_sided else None)
+        metric = measured.metric(output_shrinkage=0.1 if two_sided else math.inf)
         x = inputs(1, width, seed=2)
         fix = Classified(x, model(x).argsort(1)[:, -2], margin=0.1)
         keep = wp.Locality(inputs(20, width))

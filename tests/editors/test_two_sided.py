@@ -21,9 +21,10 @@ from weightpatch.editors import Adam, Bounded, Metric, MinimumNorm, Precondition
 from weightpatch.editors import metric as metric_module
 from weightpatch.editors.base import direction
 from weightpatch.errors import InvalidInput
+from weightpatch.likelihoods import Categorical
 from weightpatch.network import Network
 from weightpatch.problem import Problem
-from weightpatch.statistics import categorical, second_moments
+from weightpatch.statistics import second_moments
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -36,7 +37,7 @@ def head(classes: int = 5, width: int = 6) -> nn.Linear:
 
 
 def both(model: nn.Module, x: Tensor, shrinkage: float = 0.05, output_shrinkage: float = 0.1) -> Metric:
-    return second_moments(model, x, likelihood=categorical).metric(shrinkage, output_shrinkage=output_shrinkage)
+    return second_moments(model, x, likelihood=Categorical()).metric(shrinkage, output_shrinkage=output_shrinkage)
 
 
 def dense(metric: Metric, name: str = "weight") -> list[tuple[Tensor, Tensor]]:
@@ -107,10 +108,10 @@ def test_gradients_of_low_rank_take_the_short_way(rank: int):
 
 def test_a_large_output_shrinkage_is_the_one_sided_metric():
     model, x = head(), drawn(60, 6)
-    moments = second_moments(model, x, likelihood=categorical)
+    moments = second_moments(model, x, likelihood=Categorical())
     fix = Classified(x[:2], (model(x[:2]).argmax(1) + 1) % 5, margin=0.3)
     weights = []
-    for metric in (moments.metric(0.05), moments.metric(0.05, output_shrinkage=1e9)):
+    for metric in (moments.metric(0.05, output_shrinkage=math.inf), moments.metric(0.05, output_shrinkage=1e9)):
         patch = wp.edit(model, fix, MinimumNorm(metric=metric)).raise_for_result().patch
         weights.append(patch.result(model.state_dict())["weight"])
     assert torch.allclose(*weights, rtol=1e-7, atol=1e-10)
@@ -164,7 +165,7 @@ def test_at_a_readout_it_is_the_least_change_in_both(seed: int, n: int):
 def test_inner_layers_are_repaired_jointly(name: str):
     case = next(case for case in zoo.CASES if case.name == name)
     model, x = case.model().eval(), case.inputs(24)
-    metric = second_moments(model, x, likelihood=categorical).metric(output_shrinkage=0.1)
+    metric = second_moments(model, x, likelihood=Categorical()).metric(output_shrinkage=0.1)
     top = model(x).argsort(1, descending=True)
     fix = Classified(x[:3], top[:3, 1], margin=0.05) & Kept(x[3:])
     weights = [n for n in metric.layers if n.startswith(case.parameters.rstrip("*"))]
@@ -302,7 +303,7 @@ def test_editable_training_goes_through_both_sides(way: dict):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
     x, y = drawn(12, 4), torch.arange(12) % 3
-    metric = second_moments(model, x, parameters="2.*", likelihood=categorical).metric(0.1, output_shrinkage=0.2)
+    metric = second_moments(model, x, parameters="2.*", likelihood=Categorical()).metric(0.1, output_shrinkage=0.2)
     fix = Classified(x[:1], (model(x[:1]).argmax(1) + 1) % 3, margin=0.5)
     editor = Preconditioned(lr=0.4, metric=metric, max_steps=3, radius=0.3)
     objective = wp.EditableObjective(model, editor, parameters="2.*", c_edit=0.7, c_loc=0.0, **way)

@@ -125,6 +125,8 @@ def test_shards_add_up_and_files_keep_every_bit(tmp_path: Path):
     for name, layer in whole.layers.items():
         other = again.layers[name]
         assert torch.equal(other.total, layer.total)
+        assert torch.equal(other.half.total, layer.half.total)
+        assert (other.half.weight, other.half.count) == (name, layer.half.count)
         assert (other.bias, other.power, other.count) == (layer.bias, layer.power, layer.count)
     assert isinstance(again.metric(), Metric)
     with torch.no_grad():

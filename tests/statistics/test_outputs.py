@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,17 +15,33 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import weightpatch as wp
 from weightpatch.errors import InvalidInput, NonFinite
-from weightpatch.statistics import Moments, categorical, gaussian, outputs, second_moments
+from weightpatch.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Of
+from weightpatch.statistics import Moments, outputs, second_moments
 
 
 def double(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def second_class(answers: Tensor, generator: torch.Generator) -> Tensor:
-    """A likelihood without chance, so that gradients can be compared one by one."""
-    return answers.log_softmax(-1)[:, 1]
+@dataclass(frozen=True)
+class Own(Likelihood):
+    """A likelihood that a user wrote, without chance, so that gradients can be compared one by one."""
+
+    log_prob_of: Callable[[Tensor], Tensor] = lambda outputs: outputs.log_softmax(-1)[:, 1]
+
+    def divergence(self, before: Tensor, after: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def answer(self, outputs: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        return outputs
+
+    def log_prob(self, outputs: Tensor, answers: Tensor) -> Tensor:
+        return self.log_prob_of(outputs)
 
 
 class Net(nn.Module):
@@ -74,7 +92,7 @@ def by_item(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 def test_they_are_the_sums_over_items_and_positions():
     torch.manual_seed(1)
     model, x = Net().double(), double(7, 4, 6, 5)
-    found = second_moments(model, x, batch_size=3, likelihood=second_class)
+    found = second_moments(model, x, batch_size=3, likelihood=Own())
     plain = second_moments(model, x, batch_size=3)
     expected = by_item(model, x)
     assert found.layers.keys() == expected.keys() == plain.layers.keys()
@@ -90,10 +108,10 @@ def test_the_model_is_left_as_it_is():
     case = next(case for case in zoo.CASES if case.name == "resnet")
     model, x = case.model(), case.inputs(9)
     untouched = zoo.digest(model)
-    second_moments(model, x, likelihood=categorical)
+    second_moments(model, x, likelihood=Categorical())
     assert zoo.digest(model) == untouched
     with torch.inference_mode():
-        again = second_moments(model, x.clone(), likelihood=categorical)  # a tensor without gradients
+        again = second_moments(model, x.clone(), likelihood=Categorical())  # a tensor without gradients
     assert zoo.digest(model) == untouched
     assert again.two_sided
 
@@ -102,7 +120,7 @@ def test_half_of_its_square_is_the_divergence():
     """KL(before || after) is ½ tr(G Δ C Δᵀ) to second order, where all inputs are one, so that both sides are exact."""
     model = nn.Linear(4, 3).double()
     x = double(1, 4).repeat(40000, 1)
-    metric = second_moments(model, x, batch_size=10000, likelihood=categorical).metric(1e-9, output_shrinkage=1e-9)
+    metric = second_moments(model, x, batch_size=10000, likelihood=Categorical()).metric(1e-9, output_shrinkage=1e-9)
     layer = metric.layers["weight"]
     weight, bias = model.weight.detach(), model.bias.detach()
     for seed in range(4):
@@ -113,30 +131,55 @@ def test_half_of_its_square_is_the_divergence():
         assert 0.5 * square == pytest.approx(float((before.exp() * (before - after)).sum()), rel=0.03)
 
 
-def test_a_sampled_class_is_drawn_from_the_prediction_and_by_the_seed():
-    logits = torch.tensor([[0.0, 1.0, -1.0]], dtype=torch.float64).repeat(30000, 1).requires_grad_()
-    values = categorical(logits, torch.Generator().manual_seed(3))
-    (slope,) = torch.autograd.grad(values.sum(), logits)
-    drawn = slope + logits.detach().softmax(1)  # ∂ log p(y) / ∂z is 1 at y, less p
-    assert torch.allclose(drawn.mean(0), logits[0].detach().softmax(0), atol=0.01)
-    assert torch.equal(drawn.round(), F.one_hot(drawn.argmax(1), 3).double())
-    assert torch.equal(values, categorical(logits, torch.Generator().manual_seed(3)))
-    assert not torch.equal(values, categorical(logits, torch.Generator().manual_seed(4)))
-    sequences = categorical(torch.zeros(2, 5, 7), torch.Generator())
-    assert torch.allclose(sequences, torch.full((2,), -5 * torch.tensor(7.0).log()))
+def fisher(
+    likelihood: Likelihood, outputs: int, positions: tuple[int, ...] = (), seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Return E[Σ g gᵀ] of a linear readout on many copies of one item, and its prediction, (*positions, outputs)."""
+    torch.manual_seed(2)
+    model, x = nn.Linear(4, outputs).double(), double(1, *positions, 4).repeat(40000, *[1] * (len(positions) + 1))
+    found = second_moments(model, x, batch_size=20000, likelihood=likelihood, seed=seed)
+    return found.layers["weight"].fisher[0] / len(x), model(x[0]).detach()
 
 
-def test_of_a_regression_the_noise_is_what_is_seen():
-    model, x = nn.Linear(4, 3).double(), double(20000, 4)
-    found = second_moments(model, x, batch_size=5000, likelihood=gaussian).layers["weight"].fisher[0] / len(x)
-    assert torch.allclose(found, torch.eye(3, dtype=torch.float64), atol=0.03)  # of unit variance in every direction
+def test_of_a_softmax_it_is_the_covariance_of_the_class():
+    found, z = fisher(Categorical(), 3)
+    p = z.softmax(0)
+    assert torch.allclose(found, p.diag() - p[:, None] * p, atol=0.01)
+    sequences, z = fisher(Categorical(), 3, (5,))  # summed over the positions of an item
+    p = z.softmax(1)
+    assert torch.allclose(sequences, p.sum(0).diag() - p.T @ p, atol=0.02)
+    assert torch.equal(fisher(Categorical(), 3, seed=1)[0], fisher(Categorical(), 3, seed=1)[0])
+    assert not torch.equal(fisher(Categorical(), 3, seed=1)[0], found)
+
+
+def test_of_tags_it_is_the_variance_of_each():
+    found, z = fisher(Bernoulli(of=Of.logits), 3)
+    p = z.sigmoid()
+    assert torch.allclose(found, (p * (1 - p)).diag(), atol=0.01)
+
+
+@pytest.mark.parametrize("scale", [0.5, (0.5, 2.0, 4.0)])
+def test_of_numbers_it_is_one_over_the_variance(scale: float | tuple[float, ...]):
+    found, _ = fisher(Gaussian(scale), 3)
+    expected = torch.tensor(scale, dtype=torch.float64).expand(3) ** -2.0
+    assert torch.allclose(found, expected.diag(), rtol=0.03, atol=0.03 * float(expected.max()))
+    with pytest.raises(InvalidInput, match="Gaussian"):
+        second_moments(nn.Linear(4, 3).double(), double(5, 4), likelihood=Gaussian())
+
+
+def test_networks_that_end_in_a_softmax_are_asked_about_their_probabilities():
+    torch.manual_seed(0)
+    readout, x = nn.Linear(4, 3).double(), double(50, 4)
+    found = [second_moments(m, x, likelihood=Categorical()) for m in (readout, nn.Sequential(readout, nn.Softmax(1)))]
+    one, two = (next(iter(moments.layers.values())).fisher for moments in found)
+    assert torch.allclose(one, two)
 
 
 def test_shards_add_up_and_files_keep_every_bit(tmp_path: Path):
     torch.manual_seed(1)
     model, x = Net().double(), double(12, 4, 6, 5)
-    whole = second_moments(model, x, likelihood=second_class)
-    parts = [second_moments(model, part, likelihood=second_class) for part in (x[:5], x[5:])]
+    whole = second_moments(model, x, likelihood=Own())
+    parts = [second_moments(model, part, likelihood=Own()) for part in (x[:5], x[5:])]
     together = parts[0] + parts[1]
     whole.save(tmp_path / "m.safetensors")
     again = Moments.load(tmp_path / "m.safetensors", model)
@@ -149,31 +192,9 @@ def test_shards_add_up_and_files_keep_every_bit(tmp_path: Path):
         whole + second_moments(model, x)
 
 
-def test_files_of_inputs_alone_are_what_they_were(tmp_path: Path):
-    """Byte for byte the format before outputs were measured: two tensors' worth of facts, and no more."""
-    model, x = nn.Linear(3, 2).double(), double(5, 3)
-    moments = second_moments(model, x)
-    moments.save(tmp_path / "new.safetensors")
-    with safe_open(tmp_path / "new.safetensors", framework="pt") as file:
-        facts, names = file.metadata(), list(file.keys())
-    assert names == ["weight"]
-    power = moments.layers["weight"].power
-    assert json.loads(facts["layers"]) == {"weight": {"bias": "bias", "power": power, "count": 5}}
-    old = {
-        "format": "weightpatch moments 1",
-        "fingerprint": moments.fingerprint,
-        "items": "5",
-        "layers": json.dumps({"weight": {"bias": "bias", "power": 1.5, "count": 5}}),
-    }
-    save_file({"weight": moments.layers["weight"].total}, tmp_path / "old.safetensors", old)
-    read = Moments.load(tmp_path / "old.safetensors", model)
-    assert (read.two_sided, read.layers["weight"].power) == (False, 1.5)
-    assert read.metric().two_sided is False
-
-
 def test_damaged_outputs_are_refused(tmp_path: Path):
     model, x = nn.Linear(3, 2).double(), double(5, 3)
-    second_moments(model, x, likelihood=second_class).save(tmp_path / "m.safetensors")
+    second_moments(model, x, likelihood=Own()).save(tmp_path / "m.safetensors")
     with safe_open(tmp_path / "m.safetensors", framework="pt") as file:
         facts = file.metadata()
     tensors = load_file(tmp_path / "m.safetensors")
@@ -189,17 +210,37 @@ def test_damaged_outputs_are_refused(tmp_path: Path):
 
 def test_bad_input_is_said(monkeypatch: pytest.MonkeyPatch):
     model, x = nn.Linear(3, 2).double(), double(5, 3)
-    with pytest.raises(InvalidInput, match="one log-likelihood an item"):
-        second_moments(model, x, likelihood=lambda answers, generator: answers)
+    with pytest.raises(InvalidInput, match="one log-likelihood a position"):
+        second_moments(model, x, likelihood=Own(lambda outputs: outputs.sum()))
     with pytest.raises(NonFinite, match="log-likelihood"):
-        second_moments(model, x, likelihood=lambda answers, generator: answers[:, 0] / 0)
+        second_moments(model, x, likelihood=Own(lambda outputs: outputs[:, 0] / 0))
     with pytest.raises(InvalidInput, match="likelihood=weightpatch"):
         second_moments(model, x).metric(output_shrinkage=0.1)
-    for bad in (0.0, -1.0, float("nan"), float("inf")):
+    for bad in (0.0, -1.0, float("nan")):
         with pytest.raises(InvalidInput, match="output_shrinkage"):
-            second_moments(model, x, likelihood=second_class).metric(output_shrinkage=bad)
+            second_moments(model, x, likelihood=Own()).metric(output_shrinkage=bad)
+    dead = second_moments(model, x, likelihood=Own(lambda outputs: outputs[:, 0] * 0))
     with pytest.raises(InvalidInput, match="do not depend on the outputs"):
-        second_moments(model, x, likelihood=lambda answers, generator: answers[:, 0] * 0).metric(output_shrinkage=0.1)
+        dead.metric(output_shrinkage=0.1)
+    assert not dead.metric().two_sided
+    assert second_moments(model, x, likelihood=Own()).metric().two_sided
+    assert not second_moments(model, x, likelihood=Own()).metric(output_shrinkage=math.inf).two_sided
     monkeypatch.setattr(outputs, "_WIDEST", 1)
     with pytest.raises(InvalidInput, match="matrix of that side"):
-        second_moments(model, x, likelihood=second_class)
+        second_moments(model, x, likelihood=Own())
+
+
+def test_the_output_that_is_kept_is_the_one_that_is_asked():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 3), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.first(x), "other": self.second(x)}
+
+    model, x = Two().double(), double(50, 4)
+    kept = wp.Locality(x, likelihood=Categorical(), output="other")
+    layers = second_moments(model, kept, likelihood=Categorical()).layers
+    assert not layers["first.weight"].fisher.any()
+    assert layers["second.weight"].fisher.any()

@@ -194,7 +194,7 @@ def _gateless(model: nn.Module, keep: Locality, parameters: Sequence[str], budge
     from ..statistics import called, second_moments
 
     late = [escape(name) for name in called(model, keep.inputs, parameters=parameters)]
-    metric = second_moments(model, keep.inputs, parameters=late).metric() if late else None
+    metric = second_moments(model, keep, parameters=late).metric() if late else None
     return Auto.late(metric, budget=budget)
 
 

@@ -127,9 +127,13 @@ class Metric:
     def __repr__(self) -> str:
         shown = ", ".join(list(self.layers)[:3]) + (", ..." if len(self.layers) > 3 else "")
         some = next(iter(self.layers.values()), None)
-        how = "" if some is None else f"energy={some.energy}" if some.energy else f"shrinkage={some.shrinkage}"
+        how = "" if some is None else f"energy={some.energy}" if some.energy else f"shrinkage={self._shrinkage()}"
         how += f", output_shrinkage={some.output_shrinkage}" if some is not None and self.two_sided else ""
         return f"<Metric of {shown}, {how}>"
+
+    def _shrinkage(self) -> str:
+        least, most = (find(layer.shrinkage for layer in self.layers.values()) for find in (min, max))
+        return f"{least:.2g}" if least == most else f"{least:.2g} to {most:.2g}"
 
     @property
     def two_sided(self) -> bool:

@@ -1,6 +1,7 @@
 """Statistics of what a network's layers see on reference data: the metric in which local edits are small."""
 
-from .moments import LayerMoments, Moments, called, on_path, second_moments
-from .outputs import categorical, gaussian
+from .layers import LayerMoments
+from .measuring import called, on_path, second_moments
+from .moments import Moments
 
-__all__ = ["LayerMoments", "Moments", "called", "categorical", "gaussian", "on_path", "second_moments"]
+__all__ = ["LayerMoments", "Moments", "called", "on_path", "second_moments"]

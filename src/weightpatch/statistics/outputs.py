@@ -2,57 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias, final
+from collections.abc import Mapping
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from .._calling import Function, Inputs, outputs
+from .._calling import Function, Inputs, Output, outputs
 from ..errors import InvalidInput, NonFinite
+from ..likelihoods import Likelihood
 from ..network import is_linear
 
-__all__ = ["categorical", "gaussian"]
-
-Likelihood: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
+__all__ = ["Probes"]
 
 _WIDEST = 8192  # outputs a group: their second moments take half a gigabyte
-
-
-def categorical(answers: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw classes from ``softmax(z)`` and return their log-likelihood, (n,): of classifiers, and of sequences' parts.
-
-    Args:
-        answers: logits z, (n, ..., classes); one class is drawn at each position.
-        generator: on the CPU.
-    """
-    logs = answers.log_softmax(-1)
-    chances = logs.detach().double().exp().flatten(0, -2).cpu()
-    drawn = torch.multinomial(chances, 1, generator=generator).to(logs.device)
-    return logs.gather(-1, drawn.view(*logs.shape[:-1], 1)).reshape(len(logs), -1).sum(1)
-
-
-def gaussian(answers: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw ``y = f + ε`` with ``ε ~ N(0, 1)`` and return ``-½ ||f - y||²``, (n,): the log-likelihood of a regression.
-
-    Args:
-        answers: f, (n, ...), in units of the noise.
-        generator: on the CPU.
-    """
-    noise = torch.randn(answers.shape, generator=generator, dtype=torch.float64, device="cpu").to(answers)
-    return -0.5 * (answers - (answers.detach() + noise)).square().reshape(len(answers), -1).sum(1)
+_IMAGES = 4  # dimensions of outputs from which on a likelihood that names no dimension takes k to be the second
 
 
 @final
 class Probes:
-    """Adds zeros to the outputs of layers, and the gradients with respect to them to sums.
+    """Adds zeros to the outputs of layers, to have the gradients with respect to them."""
 
-    Attributes:
-        sums: Σ g gᵀ by the name of the layer's weight, (groups, out / groups, out / groups), float64.
-    """
-
-    def __init__(self, likelihood: Likelihood, seed: int) -> None:
-        self.sums: dict[str, Tensor] = {}
+    def __init__(self, likelihood: Likelihood, seed: int, output: Output = None) -> None:
+        self._output = output
         self._likelihood, self._generator = likelihood, torch.Generator().manual_seed(seed)
         self._zeros: list[tuple[str, nn.Module, Tensor]] = []
 
@@ -68,39 +40,56 @@ class Probes:
         self._zeros.append((weight, module, zeros))
         return output + zeros
 
-    def run(self, function: Function, batch: Inputs, mask: Tensor | None = None) -> None:
-        """Run a batch, and add what its layers' outputs matter to the sums: to answers at a mask's positions, if given.
+    def run(self, function: Function, batch: Inputs, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """Run a batch and return Σ g gᵀ by the name of the layer's weight; of a mask's positions only, if there is one.
+
+        Each is (groups, out / groups, out / groups), float64.
 
         Raises:
-            InvalidInput: the likelihood returned something else than one number an answer, or there is a mask of
+            InvalidInput: the likelihood returned something else than one number a position, or there is a mask of
                 another shape.
             NonFinite: the log-likelihood is not finite.
         """
         with torch.inference_mode(False), torch.enable_grad():
-            answers = outputs(function, _normal(batch))
-            if mask is not None:
-                if mask.shape != answers.shape[: mask.ndim]:
-                    raise InvalidInput(
-                        f"second_moments was given a mask of shape {tuple(mask.shape)} with a likelihood, and the "
-                        f"model answers with shape {tuple(answers.shape)}; expected one entry an answer"
-                    )
-                answers = answers[mask]
-            found = self._likelihood(answers, self._generator)
-            if not isinstance(found, Tensor) or found.shape != (len(answers),):
-                given = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-                raise InvalidInput(
-                    f"the likelihood returned {given}; expected a tensor of shape ({len(answers)},), one "
-                    "log-likelihood an item, as weightpatch.statistics.categorical returns it"
-                )
-            if not bool(found.isfinite().all()):
-                raise NonFinite("the log-likelihood of the model's answers is NaN or infinite on this data")
+            answers = outputs(function, _normal(batch), self._output)
+            found = self._log_prob(answers, mask)
             zeros = [zero for _, _, zero in self._zeros]
             grads = torch.autograd.grad(found.sum(), zeros, allow_unused=True) if zeros else []
+        sums: dict[str, Tensor] = {}
         for (weight, module, zero), grad in zip(self._zeros, grads, strict=True):
             g = _channels(module, torch.zeros_like(zero) if grad is None else grad).double()
             total = g.mT @ g
-            self.sums[weight] = self.sums[weight] + total if weight in self.sums else total
+            sums[weight] = sums[weight] + total if weight in sums else total
         self._zeros.clear()
+        return sums
+
+    def _log_prob(self, answers: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the log-likelihood of one drawn answer at every position that counts."""
+        if mask is not None and _last(self._likelihood, answers) and mask.shape == answers.shape[:-1]:
+            answers, mask = answers[mask].reshape(-1, *[1] * (answers.ndim - 2), answers.shape[-1]), None
+        found = self._likelihood.log_prob(answers, self._likelihood.sample(answers.detach(), self._generator))
+        if not isinstance(found, Tensor) or not found.ndim or len(found) != len(answers):
+            given = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise InvalidInput(
+                f"{self._likelihood!r}.log_prob returned {given}; expected a tensor of shape ({len(answers)}, ...), "
+                "one log-likelihood a position"
+            )
+        if mask is not None and mask.shape != found.shape:
+            raise InvalidInput(
+                f"second_moments was given a mask of shape {tuple(mask.shape)} with {self._likelihood!r}, and the "
+                f"model's predictions have shape {tuple(answers.shape)}, {tuple(found.shape)} of them; expected one "
+                "entry of the mask a prediction"
+            )
+        found = found if mask is None else found[mask]
+        if not bool(found.isfinite().all()):
+            raise NonFinite("the log-likelihood of the model's answers is NaN or infinite on this data")
+        return found
+
+
+def _last(likelihood: Likelihood, answers: Tensor) -> bool:
+    """Say whether the k numbers of a position are surely on the last dimension."""
+    dim = getattr(likelihood, "dim", None)
+    return answers.ndim < _IMAGES if dim is None else dim in (-1, answers.ndim - 1)
 
 
 def _channels(module: nn.Module, outputs: Tensor) -> Tensor:

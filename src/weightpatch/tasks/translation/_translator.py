@@ -10,14 +10,13 @@ from safetensors.torch import load as tensors
 
 from weightpatch.editors import Editor, MinimumNorm
 from weightpatch.errors import InvalidInput, MissingExtra
-from weightpatch.statistics import categorical, second_moments
+from weightpatch.likelihoods import Categorical
+from weightpatch.statistics import second_moments
 from weightpatch.tasks.text import Seq2Seq, load
 from weightpatch.tasks.translation._pairs import SHIPPED, libreoffice
 from weightpatch.training import SparseBlock, add_block
 
 EDITED = "lm_head.block.outer.weight"
-
-_SHRINKAGE, _OUTPUT_SHRINKAGE = 0.001, 0.1
 
 
 def translator(*, editable: bool = False, settings: Mapping[str, Any] | None = None) -> Seq2Seq:
@@ -66,5 +65,5 @@ def editor(kind: Seq2Seq, reference: int = 500) -> Editor:
         )
     pairs = libreoffice("train")[:reference]
     keep = kind.kept(pairs.german, pairs.english)
-    moments = second_moments(kind.model, keep, parameters=EDITED, likelihood=categorical)
-    return MinimumNorm(metric=moments.metric(_SHRINKAGE, output_shrinkage=_OUTPUT_SHRINKAGE))
+    moments = second_moments(kind.model, keep, parameters=EDITED, likelihood=Categorical())
+    return MinimumNorm(metric=moments.metric())
