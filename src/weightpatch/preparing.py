@@ -87,11 +87,17 @@ def _metric(model: nn.Module, names: Sequence[str], keep: Locality) -> Metric:
     sampled says nothing of the outputs.
     """
     sides, chosen = _sides(model), [escape(name) for name in names]
-    answers = check_batch(keep.inputs, "Locality") if keep.mask is None else int(keep.mask.sum())
+    answers = min(
+        check_batch(part.inputs, "Locality") if part.mask is None else int(part.mask.sum()) for part in keep.parts
+    )
+    meanings = [part.likelihood or Categorical() for part in keep.parts]
     seen = all(sides[name][0] <= min(answers, _WIDEST) for name in names)
-    likelihood = keep.likelihood or Categorical()
-    seen = seen and type(likelihood).sample is not Likelihood.sample
-    return second_moments(model, keep, parameters=chosen, likelihood=likelihood if seen else None).metric()
+    seen = seen and all(type(meaning).sample is not Likelihood.sample for meaning in meanings)
+    first, *more = (
+        second_moments(model, part, parameters=chosen, likelihood=meaning if seen else None)
+        for part, meaning in zip(keep.parts, meanings, strict=True)
+    )
+    return sum(more, first).metric()
 
 
 def _sides(model: nn.Module) -> dict[str, tuple[int, int]]:
