@@ -13,10 +13,10 @@ pytest.importorskip("transformers")
 import tiny_text as tiny
 
 import weightpatch as wp
+from weightpatch._identity import digest
 from weightpatch.constraints import IGNORED, All, CausalFrame, Kept, Preferred, Says, Seq2SeqFrame, token_scores
 from weightpatch.editors import MinimumNorm, RMSProp
 from weightpatch.errors import InvalidInput, ShapeMismatch
-from weightpatch._identity import digest
 from weightpatch.network import Network
 from weightpatch.tasks.text import CausalLM, Seq2Seq
 

@@ -11,7 +11,9 @@ import tiny_text as tiny
 import transformers
 
 import weightpatch as wp
+from weightpatch.editors import RMSProp
 from weightpatch.errors import InvalidInput
+from weightpatch.likelihoods import Bernoulli, Categorical, Gaussian
 from weightpatch.tasks import text
 
 WORDS = ["<pad>", "<end>", "<unk>", *(f"w{i}" for i in range(37))]
@@ -97,6 +99,34 @@ def test_a_classifier_of_texts_is_edited_by_name_of_the_class(classifier_folder)
     for label in (-1, 3):
         with pytest.raises(InvalidInput, match="expected 0 to 2"):
             kind.classified(texts, ["bad", label])
+
+
+@pytest.mark.parametrize(
+    ("problem", "kind"),
+    [("multi_label_classification", Bernoulli), ("regression", Gaussian), ("single_label_classification", Categorical)],
+)
+def test_what_a_classifier_of_texts_answers_follows_from_its_problem_type(classifier_folder, problem, kind):
+    model = text.load(classifier_folder)
+    model.model.config.problem_type = problem
+    assert isinstance(model.likelihood, kind)
+    inputs, keep = model.inputs(["w3 w4 w5"]), model.kept(["w7 w8", "w9 w10 w11", "w3", "w4", "w5 w6", "w8 w3"])
+    with torch.no_grad():
+        today = model.model(**inputs).logits
+    if kind is Bernoulli:
+        tag = int(today[0].argmin())
+        fix = model.tagged(["w3 w4 w5"], on=[tag]) if today[0, tag] < 0 else model.tagged(["w3 w4 w5"], off=[tag])
+    elif kind is Gaussian:
+        fix = model.within(["w3 w4 w5"], today + 0.2, 1e-4)
+    else:
+        fix = model.classified(["w3 w4 w5"], [int(today[0].argmin())])
+    found = wp.edit(model.model, fix, RMSProp(lr=1e-3, max_steps=300), keep=keep, parameters="classifier.*")
+    assert found.result is wp.Result.satisfied
+    assert found.kept.likelihood.startswith(kind.__name__)
+    others = {"classified": lambda: model.classified(["w3"], [0]), "tagged": lambda: model.tagged(["w3"], on=[0])}
+    others.pop({Bernoulli: "tagged", Categorical: "classified"}.get(kind, ""), None)
+    for ask in others.values():
+        with pytest.raises(InvalidInput, match=f"problem_type='{problem}'"):
+            ask()
 
 
 def test_answers_of_a_language_model_follow_the_prompt(language_folder):

@@ -159,7 +159,7 @@ class Classes:
         return {int(number): str(name) for number, name in config.id2label.items()}
 
     def asked(self, sources: Sequence[str], targets: Sequence[str], margin: float) -> Constraint:
-        """Ask for the classes of texts."""
+        """Ask for the classes of texts; tags and numbers are refused, with what to use in Python."""
         numbers = {str(number): name for number, name in self.names.items()}
         return self.classifier.classified(sources, [numbers.get(target, target) for target in targets], margin)
 

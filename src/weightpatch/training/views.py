@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, final
@@ -140,7 +140,7 @@ def joined(batches: Sequence[Inputs]) -> Inputs | None:
     parts = [list(leaves(batch)) for batch in batches]
     kinds = {tuple((leaf.shape[1:], leaf.dtype, leaf.device) for leaf in part) for part in parts}
     keys = {tuple(batch) if isinstance(batch, dict) else type(batch).__name__ for batch in batches}
-    whole = all(_all_items(batch, part) for batch, part in zip(batches, parts, strict=True))
+    whole = all(_all_items(batch) for batch in batches)
     if len(kinds) != 1 or len(keys) != 1 or not whole:
         return None
     columns = [torch.cat(column) for column in zip(*parts, strict=True)]
@@ -150,10 +150,11 @@ def joined(batches: Sequence[Inputs]) -> Inputs | None:
     return tuple(columns) if isinstance(first, tuple) else dict(zip(first, columns, strict=True))
 
 
-def _all_items(batch: Inputs, tensors: list[Tensor]) -> bool:
-    """Say whether a batch is made of tensors alone that have one row an item."""
-    count = 1 if isinstance(batch, Tensor) else len(batch)
-    return len(tensors) == count > 0 and all(leaf.ndim and len(leaf) == length(batch) for leaf in tensors)
+def _all_items(batch: Inputs) -> bool:
+    """Say whether a batch is made of tensors alone, not nested, that have one row an item."""
+    parts = (batch,) if isinstance(batch, Tensor) else batch.values() if isinstance(batch, Mapping) else batch
+    n = length(batch)
+    return n > 0 and all(isinstance(part, Tensor) and part.ndim > 0 and len(part) == n for part in parts)
 
 
 def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
