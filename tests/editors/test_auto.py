@@ -86,7 +86,9 @@ def test_where_nothing_is_within_the_budget_the_best_is_given_and_said_so():
         assert found.result is Result.over_budget
         held = [attempt for attempt in found.attempts if attempt.held]
         assert len(found.attempts) == 2
-        assert found.held_out.drift == pytest.approx(min(held, key=lambda attempt: attempt.held_out.share).held_out.drift, rel=1e-4)
+        assert found.held_out.drift == pytest.approx(
+            min(held, key=lambda attempt: attempt.held_out.share).held_out.drift, rel=1e-4
+        )
         with pytest.raises(wp.errors.EditFailed, match="over_budget"):
             found.raise_for_result()
 
