@@ -165,7 +165,7 @@ def test_generality_of_regression_and_of_joined_demands(model: nn.Module) -> Non
     joined = Within(x[:1], torch.zeros(1, 5), 0.1) & Kept(x[1:])
     report = wp.evaluate(model, [joined], EDITOR, test=blobs(20), altered=lambda x: torch.cat([x, x]))
     assert report.rows[0].generality in (0.0, 1.0)
-    with pytest.raises(wp.errors.InvalidInput, match="edits of kind Kept"):
+    with pytest.raises(wp.errors.InvalidInput, match="demands of kind Kept"):
         wp.evaluate(model, [Nothing()], EDITOR, test=blobs(20), altered=lambda x: x)
     with pytest.raises(wp.errors.ShapeMismatch, match="m times as many"):
         wp.evaluate(model, [joined], EDITOR, test=blobs(20), altered=lambda x: x[:0])

@@ -205,6 +205,8 @@ def test_groups_are_classes_tags_and_outputs() -> None:
         far = (a[:, k] - b[:, k]).abs() > 0.1
         assert row.flips.total == int(far.sum())
         assert row.flips.broken == int((far & (off[1].abs() > off[0].abs())).sum())
+    told = Comparison(a, b, numbers, SCALED).to_json()["residuals"]["after"]
+    assert told["quantiles"]["0.5"] == pytest.approx(np.median((b - numbers).numpy()), abs=1e-6)
 
 
 def test_the_interval_of_numbers_covers_as_often_as_it_says() -> None:

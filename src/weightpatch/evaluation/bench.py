@@ -104,7 +104,9 @@ class Bench:
     def _generality(self, network: Network, index: int, params: Params) -> float | None:
         if self.altered is None:
             return None
-        copies = altered(self.edits[index], self.altered)
+        edit = self.edits[index]  # what says nothing of copies, as what is kept, counts only where it is all
+        known = tuple(part for part in edit.conjuncts if type(part).altered is not Constraint.altered)
+        copies = altered(All(known) if known else edit, self.altered)
         with network.isolated():
             return float(copies.met(network.full(params)).double().mean())
 

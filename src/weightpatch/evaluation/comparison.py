@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,14 +18,12 @@ from ..network import structural_clone
 from ._paired import mcnemar, paired_difference
 from ._plain import finite
 from .judging import Judged, TestSet, check_targets, chosen
-from .kinds import GroupChange, Kind, kind_of
+from .kinds import GroupChange, Kind, kind_of, spread
 from .metrics import Estimate, Flips, flips, paired_bootstrap
 from .slices import Column
 from .slices import slices as sliced
 
 __all__ = ["Comparison", "compare", "predict"]
-
-_LEVELS = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 
 
 @final
@@ -87,12 +84,12 @@ class Comparison:
     @cached_property
     def answers_before(self) -> Tensor:
         """The first model's answers: classes (n, ...), tags or numbers (n, ..., k)."""
-        return self.likelihood.answer(self.before)
+        return self.judged.answers_before
 
     @cached_property
     def answers_after(self) -> Tensor:
         """The second model's answers."""
-        return self.likelihood.answer(self.after)
+        return self.judged.answers_after
 
     @property
     def error_before(self) -> float:
@@ -216,8 +213,6 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Return every number as plain values; what is not finite becomes None."""
-        known = self.shift[self.counts & self.shift.isfinite()].numpy()
-        shifts = np.quantile(known, _LEVELS).tolist() if len(known) else [math.nan] * len(_LEVELS)
         facts = {
             "likelihood": self.likelihood.name,
             "error_name": self.likelihood.error_name,
@@ -235,12 +230,9 @@ class Comparison:
             "repaired": self.repaired.tolist(),
             "other": self.other.tolist(),
             "kl": self.kl,
-            "shift": {
-                "of": self.kind.moved,
-                "mean": float(known.mean()) if len(known) else math.nan,
-                "quantiles": dict(zip(map(str, _LEVELS), shifts, strict=True)),
-            },
+            "shift": {"of": self.kind.moved, **spread(self.shift[self.counts])},
             "slices": _rows("slice", self.by_slice),
+            **self.kind.facts(self.judged),
         }
         if self.groups:
             facts[f"per_{self.kind.group}"] = _rows(self.kind.group, self.groups)

@@ -113,8 +113,18 @@ class Judged:
     def against(self, after: Tensor) -> Judged:
         """Return the same first model beside another one; what is known of it is not found again."""
         found = Judged(self.before, after, self.targets, self.likelihood)
-        found.__dict__.update(loss_before=self.loss_before, counts=self.counts)
+        found.__dict__.update(loss_before=self.loss_before, counts=self.counts, answers_before=self.answers_before)
         return found
+
+    @cached_property
+    def answers_before(self) -> Tensor:
+        """The first model's answers."""
+        return self.likelihood.answer(self.before)
+
+    @cached_property
+    def answers_after(self) -> Tensor:
+        """The second model's answers."""
+        return self.likelihood.answer(self.after)
 
     @cached_property
     def loss_before(self) -> Tensor:
@@ -124,6 +134,9 @@ class Judged:
     @cached_property
     def losses(self) -> tuple[Tensor, Tensor]:
         """The losses of both, (n, ...), float64."""
+        if isinstance(self.likelihood, Categorical):  # the same, without a second look at all classes
+            wrong = (self.answers_after != self.targets.to(self.after.device)).double()
+            return self.loss_before, wrong.where(self.counts, NAN)
         return self.loss_before, self.likelihood.loss(self.after, self.targets)
 
     @cached_property
@@ -134,6 +147,8 @@ class Judged:
     @cached_property
     def changed(self) -> Tensor:
         """At which positions that count the answer is another one, (n, ...)."""
+        if isinstance(self.likelihood, Categorical):
+            return (self.answers_before != self.answers_after) & self.counts
         return self.likelihood.changed(self.before, self.after) & self.counts
 
     @cached_property

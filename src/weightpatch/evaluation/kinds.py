@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +14,9 @@ from .judging import NAN, Judged, item_means
 from .metrics import Flips
 
 __all__ = ["Classes", "GroupChange", "Kind", "Numbers", "Tags", "kind_of"]
+
+
+_LEVELS = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 
 
 @final
@@ -60,6 +64,10 @@ class Kind:
     def groups(self, judged: Judged) -> tuple[GroupChange, ...]:
         """Return a row for each class, tag or output, in order."""
         return ()
+
+    def facts(self, judged: Judged) -> dict[str, Any]:
+        """Return what else a file of numbers holds."""
+        return {}
 
 
 @final
@@ -157,6 +165,11 @@ class Numbers(Kind):
             _row(k, n[k], judged.likelihood, (old[k], new[k]), _flips(up[k], down[k], total[k])) for k in range(len(n))
         )
 
+    def facts(self, judged: Judged) -> dict[str, Any]:
+        """Return how outputs minus targets are spread, before and after."""
+        before, after = residuals(judged)
+        return {"residuals": {"before": spread(before), "after": spread(after)}}
+
     def _moved(self, judged: Judged) -> Tensor:
         """Return which single outputs moved by more than their tolerance, as `Gaussian.changed` has it."""
         far = judged.likelihood.answer(judged.after - judged.before).abs()
@@ -177,6 +190,15 @@ def shares(likelihood: Likelihood, outputs: Tensor) -> Tensor:
     """Return the probabilities of classes or tags, on the last dimension; 0 where there is none."""
     assert isinstance(likelihood, (Categorical, Bernoulli))
     return likelihood.probabilities(outputs).nan_to_num(0.0)
+
+
+def spread(values: Tensor) -> dict[str, Any]:
+    """Return the mean and quantiles of those values that are finite."""
+    known = values[values.isfinite()].double().cpu().numpy()
+    if not len(known):
+        return {"mean": NAN, "quantiles": {}}
+    quantiles = np.quantile(known, _LEVELS).tolist()
+    return {"mean": float(known.mean()), "quantiles": dict(zip(map(str, _LEVELS), quantiles, strict=True))}
 
 
 def tags_asked(judged: Judged) -> tuple[Tensor, Tensor]:
