@@ -74,7 +74,7 @@ class Locality:
     def __and__(self, other: Locality) -> Locality:
         return replace(self, others=(*self.others, *other.parts))
 
-    @property
+    @cached_property
     def parts(self) -> tuple[Locality, ...]:
         """What is kept, one output of one batch each."""
         return (replace(self, others=()), *self.others) if self.others else (self,)
