@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -101,6 +102,7 @@ DIFFERENT: dict[str, tuple[Any, Any]] = {
     "methods": (Turn(1).__call__, Turn(2).__call__),
     "attributes": (Turn(1), Turn(2)),
     "attributes of the class": (turning(3)(1), turning(4)(1)),
+    "patterns": (re.compile("a"), re.compile("a", re.IGNORECASE)),
     "generators' states": (random.Random(0), random.Random(1)),
     "torch's generators": (torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)),
     "modules that weigh the same": (nn.Sequential(nn.Tanh()), nn.Sequential(nn.ReLU())),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any, TypeAlias
@@ -16,6 +16,7 @@ from .errors import InvalidInput, NonFinite
 
 Params: TypeAlias = dict[str, Tensor]
 Function: TypeAlias = Callable[..., Any]
+Name: TypeAlias = "str | int"  # of an item: its row in the user's data, or the name of its file
 Inputs: TypeAlias = "Tensor | tuple[Any, ...] | Mapping[str, Any]"
 Output: TypeAlias = "str | int | Callable[[Any], Tensor] | None"
 
@@ -205,6 +206,12 @@ def check_classes(labels: Tensor, who: str, classes: int | None = None) -> None:
     if low < 0 or (classes is not None and high >= classes):
         known = "" if classes is None else f"; the model answers with {classes} classes, so expected 0 to {classes - 1}"
         raise InvalidInput(f"{who} was given labels from {low} to {high}{known or '; expected 0 and above'}")
+
+
+def check_names(names: Sequence[Name] | None, n: int, of: str) -> None:
+    """Refuse names that are not as many as what they are of."""
+    if names is not None and len(names) != n:
+        raise InvalidInput(f"items= was given {len(names)} names for {n} {of}; expected one each, in the same order")
 
 
 def check_finite_tensor(tensor: Tensor, what: str) -> None:

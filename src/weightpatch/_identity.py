@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import dataclasses
 import dis
 import functools
@@ -215,7 +216,8 @@ class _Digests:
         if callable(value) and hasattr(value, "__wrapped__"):
             return _hash("wrapped", self.of(type(value)), self.of(value.__wrapped__))
         try:
-            reduced = value.__reduce_ex__(4)
+            known = copyreg.dispatch_table.get(type(value))
+            reduced = value.__reduce_ex__(4) if known is None else known(value)
         except Exception as error:
             raise UnidentifiedError(
                 f"{value!r:.80}, a {type(value).__qualname__} without content to compare"

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from weightpatch import Patch
 from weightpatch.cli import main
 from weightpatch.tasks import images
 
@@ -125,6 +126,28 @@ def test_the_journey(small: Path, wrong: int, capsys, tmp_path: Path):
     assert code == 0
     again = load_file("again.safetensors")
     assert all(torch.equal(base[name], again[name]) for name in base)
+
+
+def test_reports_name_the_rows_of_the_users_data(small: Path, capsys):
+    data = images.load(small, mean=0.2860, std=0.3530)
+    model = images.fashion_classifier().eval()
+    with torch.no_grad():
+        answers = model(data.images).argmax(1)
+    item = int((answers != data.labels).nonzero()[-1])  # far from its place among those that are left
+    words = ["--output", "fix.patch.safetensors", "--report", "fix.html", "--editor", "RMSProp", "--lr", "1e-2"]
+    code, facts = run(*edit(small, item, *words, "--keep", "70"), capsys=capsys)
+    assert code == 0 and facts["items"] == [{"row": item, "name": item}]
+    told = json.loads(Path("fix.json").read_text())
+    assert told["mistakes"][0]["item"] == f"row {item} of small.npz" in Path("fix.html").read_text()
+    with Patch.load("fix.patch.safetensors").applied(model), torch.no_grad():
+        after = model(data.images).argmax(1)
+    changed = {kind: facts["comparison"][kind] for kind in ("broken", "repaired", "other")}
+    assert changed == {kind: told["comparison"][kind] for kind in changed}
+    assert sum(map(len, changed.values())) > 2
+    right = {"broken": answers, "repaired": after}
+    for kind, rows in changed.items():
+        assert all(answers[row] != after[row] for row in rows)
+        assert kind == "other" or all(right[kind][row] == data.labels[row] for row in rows)
 
 
 def test_a_constraint_that_is_not_met_gives_1_and_no_patch(small: Path, wrong: int, capsys):

@@ -85,6 +85,8 @@ def test_the_journey_of_a_patch_on_a_model_folder(task, models, capsys):
     _, patch = run(capsys, "diff", model, "edit.patch.safetensors", *where)
     assert patch["comparison"] == files["comparison"]
     assert SOURCE in [row["text"] for row in files["comparison"]["rows"]]
+    lines = Path("texts.txt").read_text().splitlines()
+    assert all(lines[row["item"] - 1] == row["text"] for row in files["comparison"]["rows"])
     code, files = run(capsys, "diff", model, "patched", *where, "--max-changed", 0)
     assert code == 1 and "answers changed" in files["gates_failed"][0]
 

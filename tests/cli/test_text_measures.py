@@ -106,6 +106,7 @@ def test_evaluate_tells_the_figures_of_the_library(task, models, capsys):
     assert facts["tested"] == report.items == 9 and facts["kept"] == 0
     assert [row["steps"] for row in facts["edits"]] == [row.steps for row in report.rows]
     assert [row["changed"] for row in facts["edits"]] == [row.changed for row in report.rows]
+    assert [row["item"] for row in facts["edits"]] == [1, 2, 3]
     assert facts["success"]["value"] == report.success.value > 0
     if right is None:
         assert facts["score"]["name"] == "BLEU" and "tok:13a" in facts["score"]["signature"]
@@ -145,6 +146,7 @@ def test_evaluate_edits_classes_by_name(models, capsys):
         answers = kind.model(**kind.inputs(folders.sentences(12))).logits.argmax(1).tolist()
     assert facts["base_error"] == pytest.approx(100 * sum(answer != 1 for answer in answers[3:]) / 9)
     held = [row["result"] == "already_satisfied" for row in facts["rows"]]
+    assert [row["item"] for row in facts["rows"]] == [1, 2, 3]
     assert held == [answer == wanted for answer, wanted in zip(answers, range(3), strict=False)]
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import dataclasses
 import io
 import json
@@ -144,7 +145,7 @@ def test_an_edit_with_flips(tmp_path, channels):
     assert flips["broken"] > 0
     assert page.cards == min(24, sum(flips.values())) == len(facts["shown"])
     assert facts["mistakes"][0]["met"] and facts["mistakes"][0]["margin_after"] >= 0.1
-    assert facts["mistakes"][0]["row"] == 0
+    assert facts["mistakes"][0]["item"] == 0
     assert facts["patch"]["id"] in page.text and facts["editor"] in page.text
     assert facts["patch"]["manifest"]["base"] in page.text
     assert len(facts["curve"]["points"]) == 11
@@ -156,6 +157,23 @@ def test_an_edit_with_flips(tmp_path, channels):
     figures = [attrs["aria-label"] or "" for attrs in page.all("div") if attrs.get("role") == "img"]
     assert [label.split()[0] for label in figures] == ["Histogram", "Slack", "Drawdown"]
     assert "strength of the patch" in page.text and "change of probability" in page.text
+
+
+def test_items_are_called_what_the_user_calls_them(tmp_path):
+    told = story(1)
+    names = [f"cats/{1000 + i}.png" for i in range(len(told.test[1]))]
+    page, facts = make(tmp_path, told, items=names, asked=["row 229 of photos"])
+    after = copy.deepcopy(told.model)
+    told.edit.patch.apply(after)
+    assert facts["mistakes"][0]["item"] == "row 229 of photos" and "row 229 of photos" in page.text
+    found = wp.compare(told.model, after, told.test)
+    assert facts["comparison"]["broken"] == [names[i] for i in found.broken.tolist()]
+    assert [card["item"] for card in facts["shown"]] == [names[i] for i in found.flipped.tolist()[:24]]
+    shown = [card["item"] for card in facts["shown"] if not card["asked"]]
+    assert shown and all(name in page.text for name in shown) and "#" not in page.text.partition("By class")[0]
+    for wrong in ({"items": names[1:]}, {"asked": ["a", "b"]}):
+        with pytest.raises(InvalidInput, match="names for"):
+            make(tmp_path, told, **wrong)
 
 
 def test_the_page_is_the_same_each_time(tmp_path):
@@ -287,7 +305,7 @@ def test_mistakes_of_tags_and_of_numbers(tmp_path):
         with found.patch.applied(model), torch.no_grad():
             after = model(inputs[:1])[0]
         (mistake,) = facts["mistakes"]
-        assert mistake["met"] and mistake["row"] == 0 and measure in page.text
+        assert mistake["met"] and mistake["item"] == 0 and measure in page.text
         if place:
             assert mistake["margin_before"] == pytest.approx(1.0)
             assert mistake["margin_after"] == pytest.approx(float((after - target[0]).norm()), abs=1e-5)

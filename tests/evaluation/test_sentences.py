@@ -103,7 +103,9 @@ def test_the_most_harm_comes_first():
     bare = comparison(references=None, scoring=None)
     assert bare.changed == (2, 3, 0)  # half of the words changed twice, then by divergence
     assert bare.scores is bare.loss is bare.drawdown is None and "BLEU" not in str(bare)
-    assert [row["row"] for row in bare.to_json()["rows"]] == [2, 3, 0]
+    assert [row["item"] for row in bare.to_json()["rows"]] == [2, 3, 0]
+    named = comparison(references=None, scoring=None, items=(11, 12, 13, 14))
+    assert [row["item"] for row in named.to_json()["rows"]] == [13, 14, 11]
 
 
 @pytest.mark.parametrize(

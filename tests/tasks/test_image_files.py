@@ -181,6 +181,7 @@ def test_image_folder(tmp_path: Path) -> None:
     torch.testing.assert_close(data.images[0, :, 0, 0], torch.tensor([1.0, 1.0, 0.0]))
     assert data.labels.tolist() == [0, 1, 1]
     assert data.classes == ("a", "b")
+    assert data.names == ("a/a1.png", "b/b1.png", "b/b2.png") and data[data.labels == 1].names == data.names[1:]
 
 
 def test_image_folder_orders_labels_by_classes(tmp_path: Path) -> None:

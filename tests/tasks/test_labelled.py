@@ -20,6 +20,9 @@ def test_slicing_keeps_images_and_labels_together() -> None:
     wrong = data[data.labels == 1]
     assert torch.equal(wrong.images, data.images[[1, 4]])
     assert len(data[5:]) == 0
+    assert data[1:4][torch.tensor([2, 0])].names == (3, 1) and wrong.names == (1, 4)
+    with pytest.raises(InvalidInput, match="2 names for 5 images"):
+        LabelledImages(data.images, data.labels, data.classes, ("x", "y"))
     assert repr(data) == "LabelledImages(float32(5, 1, 2, 2), 3 classes)"
 
 

@@ -47,6 +47,15 @@ def item_index(items: tuple[int, ...], data: LabelledImages) -> Tensor:
     return torch.tensor(items, device="cpu")
 
 
+def asked_names(where: str, data: LabelledImages, items: tuple[int, ...]) -> list[str]:
+    """Say which rows of which data were asked for, with the files that they are."""
+    found = []
+    for item in items:
+        name = data.names[item]
+        found.append(f"row {item} of {Path(where).name}" + (f": {name}" if isinstance(name, str) else ""))
+    return found
+
+
 def hold_back(data: LabelledImages, n: int) -> tuple[LabelledImages, LabelledImages]:
     """Split off n images, at most a quarter, that hold edits back; what changes is measured on the others."""
     import torch

@@ -14,10 +14,11 @@ _KEPT = 64  # texts that hold an edit back where it is not said; each step runs 
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts, with references for all of them or for none."""
+    """Texts, with references for all of them or for none, and the lines of their file, from 1."""
 
     texts: tuple[str, ...] = ()
     references: tuple[str, ...] | None = None
+    lines: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -25,7 +26,7 @@ class Texts:
     def rows(self, chosen: Sequence[int]) -> Texts:
         """Return some of them."""
         told = None if self.references is None else tuple(self.references[i] for i in chosen)
-        return Texts(tuple(self.texts[i] for i in chosen), told)
+        return Texts(tuple(self.texts[i] for i in chosen), told, tuple(self.lines[i] for i in chosen))
 
     def without(self, sources: Sequence[str]) -> Texts:
         """Return those that are not asked about."""
@@ -43,23 +44,24 @@ class Texts:
 def read_texts(path: Path) -> Texts:
     """Read a file of one text a line, or one text, a tab and its reference a line; empty lines do not count."""
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        whole = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"{path} cannot be read: {error}; expected a text file in UTF-8, one text a line") from error
+    lines = {number: line for number, line in enumerate(whole, 1) if line.strip()}
     if not lines:
         raise InvalidInput(
             f"{path} is empty; expected one text a line, with a tab and its reference where there is one"
         )
-    cells = [line.split("\t") for line in lines]
+    cells, numbers = [line.split("\t") for line in lines.values()], tuple(lines)
     widths = {len(row) for row in cells}
     if widths - {1, 2} or len(widths) > 1:
         odd = next(i for i, row in enumerate(cells) if len(row) != len(cells[0]) or len(row) > 2)
         raise InvalidInput(
-            f"line {odd + 1} of {path} (empty ones aside) has {len(cells[odd]) - 1} tabs and the first one "
+            f"line {numbers[odd]} of {path} has {len(cells[odd]) - 1} tabs and the first one "
             f"{len(cells[0]) - 1}; expected one text a line, and either a tab and its reference on every line or none"
         )
     texts = tuple(row[0].strip() for row in cells)
-    return Texts(texts, tuple(row[1].strip() for row in cells) if widths == {2} else None)
+    return Texts(texts, tuple(row[1].strip() for row in cells) if widths == {2} else None, numbers)
 
 
 @dataclass(frozen=True)

@@ -66,12 +66,12 @@ def demo(
         f"error {len(mistakes) / len(test):.2%}"
     )
 
-    item = int(mistakes[0])
-    image, label = test.images[item : item + 1], test.labels[item : item + 1]
+    row = int(mistakes[0])
+    item, image, label = test.names[row], test.images[row : row + 1], test.labels[row : row + 1]
     fix, keep = Classified(image, label, MARGIN), Locality(kept.images)
     out.print(
         f"[bold]2. The mistake[/] the first one, item {item}: class {test.classes[int(label)]}, "
-        f"taken for {test.classes[int(answers[item])]}"
+        f"taken for {test.classes[int(answers[row])]}"
     )
     found = run(model, fix, keep=keep, parameters=BLOCK).raise_for_result()
     out.print(f"[bold]3. The patch[/] {found}")
@@ -79,7 +79,7 @@ def demo(
     path = output / f"{item}.patch.safetensors"
     after = _journey(model, found, fix, path, out)
     out.print(_before_and_after(model, after, image, test.classes))
-    comparison = Comparison(before, predict(after, test.images), test.labels)
+    comparison = Comparison(before, predict(after, test.images), test.labels, items=test.names)
     out.print(f"[bold]5. What else changed[/] {comparison}")
 
     networks: dict[str, tuple[nn.Module, Editor, str]] = {
@@ -94,6 +94,8 @@ def demo(
         constraint=fix,
         test=(test.images, test.labels),
         classes=test.classes,
+        items=test.names,
+        asked=[item],
         tables=tuple(reports.items()),
     )
     out.print(f"[bold]7. The report[/] {page}")
@@ -172,15 +174,16 @@ def _measure(
         }
         both = evaluate(
             model,
-            [constraint for constraints in asked.values() for constraint in constraints],
+            [constraint for constraints, _ in asked.values() for constraint in constraints],
             editor,
             test=(judged.images, judged.labels),
             parameters=parameters,
             altered=images.altered,
+            items=[name for _, names in asked.values() for name in names],
             results=output / f"edits-{name}.jsonl",
         )
         rows = iter(both.rows)
-        for kind, constraints in asked.items():
+        for kind, (constraints, _) in asked.items():
             reports[f"{kind}, {name}"] = replace(both, rows=tuple(islice(rows, len(constraints))))
     table = Table(title=f"6. Many edits, one at a time, each measured on {len(judged):,} images", title_justify="left")
     table.add_column("")

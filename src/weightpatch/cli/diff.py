@@ -53,7 +53,7 @@ def diff(
     else:
         after = load_model(model, b)
     tested = reading.load(test)
-    comparison = compare(before, after, (tested.images, tested.labels))
+    comparison = compare(before, after, (tested.images, tested.labels), items=tested.names)
     out.print(str(comparison))
     if report is not None:
         page = comparison_page(

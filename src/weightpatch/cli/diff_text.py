@@ -43,7 +43,7 @@ def diff_text(
     speaker, asked = served(task, a, serving, asked)
     other = Patch.load(b) if b.name.endswith(".patch.safetensors") else serving.load(b, task).answering.model
     scoring = None if asked.references is None else speaker.scoring()
-    comparison = compare_sentences(speaker.answering, other, asked.texts, asked.references, scoring)
+    comparison = compare_sentences(speaker.answering, other, asked.texts, asked.references, scoring, asked.lines)
     out = console(json)
     out.print(str(comparison), markup=False)
     if report is not None:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from ._data import SHIPPED, class_index, hold_back, item_index, load_data
+from ._data import SHIPPED, asked_names, class_index, hold_back, item_index, load_data
 from ._model import load_model
 from ._output import Answer, console
 
@@ -124,17 +124,20 @@ def edit(
     out = console(json)
     network, images = load_model(model, weights), reading.load(data)
     rows = item_index(item, images)
+    told = asked_names(data, images, item)
     wanted = images.labels[rows] if label is None else torch.full_like(rows, class_index(label, images.classes))
     constraint = Classified(images.images[rows], wanted, margin)
     kept, tested = hold_back(images if test is None else reading.load(test), settings.kept(keep))
     editor = None if settings.editor == "Auto" and not len(kept) else settings.make()
     found = run(network, constraint, editor, keep=locality(kept), parameters=settings.parameters)
+    out.print("asked    " + "; ".join(told), markup=False)
     for attempt in found.attempts:
         out.print(f"tried    {attempt}")
     out.print(f"{found}\n{found.result.value}")
     held = found.result.held
+    about = {"items": [{"row": row, "name": images.names[row]} for row in item], "data": data, "test": test or data}
     if found.patch is None:
-        return Answer(facts_of(found), 1)
+        return Answer({**about, **facts_of(found)}, 1)
     comparison = _compare(network, found, tested, compare)
     gate = max_drawdown is None or comparison.drawdown.value <= max_drawdown
     out.print(str(comparison))
@@ -148,6 +151,8 @@ def edit(
             constraint=constraint,
             test=(tested.images, tested.labels),
             classes=tested.classes,
+            items=tested.names,
+            asked=told,
         )
         out.print(f"report   {page}")
     if held and gate:
@@ -159,6 +164,7 @@ def edit(
             "no patch written"
         )
     facts = {
+        **about,
         **facts_of(found),
         "comparison": comparison.to_json(),
         "gate": gate,
@@ -173,7 +179,7 @@ def _compare(network: Any, found: Edit, tested: LabelledImages, compare: Any) ->
     after = copy.deepcopy(network)
     assert found.patch is not None
     found.patch.apply(after)
-    result: Comparison = compare(network, after, (tested.images, tested.labels))
+    result: Comparison = compare(network, after, (tested.images, tested.labels), items=tested.names)
     return result
 
 

@@ -211,4 +211,4 @@ def _compared(speaker: Speaker, patch: Patch, tested: Texts) -> SentenceComparis
     if not len(tested):
         return None
     scoring = None if tested.references is None else speaker.scoring()
-    return compare_sentences(speaker.answering, patch, tested.texts, tested.references, scoring)
+    return compare_sentences(speaker.answering, patch, tested.texts, tested.references, scoring, tested.lines)

@@ -69,15 +69,17 @@ def evaluate(
 
     network, source = load_model(model, weights), reading.load(data)
     kept, tested = hold_back(source if test is None else reading.load(test), settings.kept(keep))
+    demands, items = draw(network, source, edits, labels, margin, seed)
     report = run(
         network,
-        draw(network, source, edits, labels, margin, seed),
+        demands,
         settings.make(),
         test=(tested.images, tested.labels),
         parameters=settings.parameters,
         keep=locality(kept),
         altered=images.altered,
         protocol=Sequential() if sequential else Independent(),
+        items=items,
         results=results,
         progress=not json,
     )
@@ -93,8 +95,11 @@ def evaluate(
 
 def draw(
     model: nn.Module, data: LabelledImages, n: int, labels: Literal["mistakes", "random"], margin: float, seed: int
-) -> list[Constraint]:
-    """Draw n edits: items that the model gets wrong, with their true labels, or any items, with random labels."""
+) -> tuple[list[Constraint], list[str | int]]:
+    """Draw n edits: items that the model gets wrong, with their true labels, or any items, with random labels.
+
+    Return their names too.
+    """
     import torch
 
     from .._calling import check_classes
@@ -108,7 +113,9 @@ def draw(
     return chosen(data, wrong, n, margin, torch.Generator().manual_seed(seed))
 
 
-def chosen(data: LabelledImages, wrong: Tensor | None, n: int, margin: float, generator: Generator) -> list[Constraint]:
+def chosen(
+    data: LabelledImages, wrong: Tensor | None, n: int, margin: float, generator: Generator
+) -> tuple[list[Constraint], list[str | int]]:
     """Choose n of the rows that are `wrong` and ask for their true labels; without it any rows, and any labels."""
     import torch
 
@@ -123,4 +130,6 @@ def chosen(data: LabelledImages, wrong: Tensor | None, n: int, margin: float, ge
         wanted = data.labels[rows]
     if not len(rows):
         raise InvalidInput("there is nothing to edit: the model makes no mistake on this data; try --labels random")
-    return [Classified(data.images[i : i + 1], y[None], margin) for i, y in zip(rows.tolist(), wanted, strict=True)]
+    pairs = zip(rows.tolist(), wanted, strict=True)
+    demands: list[Constraint] = [Classified(data.images[i : i + 1], y[None], margin) for i, y in pairs]
+    return demands, [data.names[i] for i in rows.tolist()]

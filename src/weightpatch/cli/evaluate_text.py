@@ -39,6 +39,7 @@ class _Job:
     keep: Locality | None
     results: Path | None
     out: Console
+    lines: tuple[int, ...]
 
 
 def evaluate_text(
@@ -90,7 +91,7 @@ def evaluate_text(
     out = console(json)
     out.print(f"moves    {', '.join(parameters)}", markup=False)
     editor = settings.make(network, held_back, parameters)
-    job = _Job(demands, editor, tested, tuple(parameters), held_back, results, out)
+    job = _Job(demands, editor, tested, tuple(parameters), held_back, results, out, mistakes.lines)
     facts = _classes(speaker, job) if isinstance(speaker, Classes) else _generator(speaker, job)
     facts = {**facts, "moves": list(parameters), "kept": len(kept), "tested": len(tested)}
     if output is not None:
@@ -125,7 +126,7 @@ def _generator(speaker: Generator, job: _Job) -> dict[str, Any]:
     scoring = None if job.tested.references is None else speaker.scoring()
 
     def progress(row: GenerationRow) -> None:
-        job.out.print(f"edit {row.index:<4} {row.result}, {row.steps} steps, {100 * row.changed:.2f} % changed")
+        job.out.print(f"line {row.item:<4} {row.result}, {row.steps} steps, {100 * row.changed:.2f} % changed")
 
     report: GenerationReport = evaluate(
         speaker.kind,
@@ -136,6 +137,7 @@ def _generator(speaker: Generator, job: _Job) -> dict[str, Any]:
         score=None if scoring is None else scoring.whole,
         parameters=job.parameters,
         keep=job.keep,
+        items=job.lines,
         results=job.results,
         progress=progress,
     )
@@ -171,6 +173,7 @@ def _classes(speaker: Classes, job: _Job) -> dict[str, Any]:
         test=(speaker.classifier.inputs(job.tested.texts), labels),
         parameters=job.parameters,
         keep=job.keep,
+        items=job.lines,
         results=job.results,
         progress=not job.out.quiet,
     )

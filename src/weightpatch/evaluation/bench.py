@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._calling import Inputs, Params
+from .._calling import Inputs, Name, Params
 from .._cost import measured
 from ..constraints import All, Constraint, altered
 from ..editing import Result, Solved, solve
@@ -49,6 +49,7 @@ class Bench:
         targets: what is right, as the predictor's likelihood takes it.
         log: what is done already.
         progress: is told the rows so far.
+        items: what each edit is about.
     """
 
     model: nn.Module
@@ -61,6 +62,7 @@ class Bench:
     targets: Tensor
     log: Log
     progress: Callable[[Sequence[Row]], None] = field(default=_silent)
+    items: Sequence[Name] | None = None
 
     def make(self, network: Network, index: int, earlier: Sequence[Constraint] = ()) -> tuple[Row, Solved]:
         """Make one edit of the set; return its row, without impact, and the weights that were found.
@@ -74,8 +76,8 @@ class Bench:
             held_already = solved.result is Result.already_satisfied
             generality = None if held_already else self._generality(network, index, solved.params)
         violation = solved.after if math.isfinite(solved.after) else None
-        row = Row(index, solved.result, solved.steps, violation, cost.seconds, cost.peak_bytes, generality, None)
-        return row, solved
+        told = (violation, cost.seconds, cost.peak_bytes, generality, None)
+        return Row(index, solved.result, solved.steps, *told, None if self.items is None else self.items[index]), solved
 
     def made(self, index: int) -> Row:
         """Make one edit of the unedited model and measure it on the test set."""

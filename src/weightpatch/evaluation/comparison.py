@@ -11,7 +11,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from .._calling import Function, Inputs, Output, length, outputs, rows
+from .._calling import Function, Inputs, Name, Output, check_names, length, outputs, rows
 from ..errors import InvalidInput, ShapeMismatch
 from ..likelihoods import Categorical, Likelihood
 from ..network import structural_clone
@@ -42,6 +42,8 @@ class Comparison:
         targets: what is right, on the CPU: classes (n, ...), or tags or numbers of the shape of the outputs.
         likelihood: what the outputs mean; what it lacks is read off those before.
         slices: columns of one's own by name, n values each, see `weightpatch.evaluation.slices`.
+        items: what each item is called where it came from, n of them: its row there, or its file. What is told of an
+            item names it so; by its place in the test set when not given.
     """
 
     before: Tensor
@@ -49,6 +51,7 @@ class Comparison:
     targets: Tensor
     likelihood: Likelihood = field(default_factory=Categorical)
     slices: Mapping[str, Column] = field(default_factory=dict)
+    items: Sequence[Name] | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.before.shape)
@@ -58,6 +61,7 @@ class Comparison:
                 "shapes (n, ...) with at least 1 item"
             )
         check_targets(self.targets, shape[0])
+        check_names(self.items, shape[0], "items of the test set")
         object.__setattr__(self, "likelihood", self.likelihood.fitted(self.before))
         self.judged.counts, self._masks  # noqa: B018 - refuse what cannot be used
 
@@ -211,6 +215,10 @@ class Comparison:
         """What changed for the items of each value of each column, labelled as "column = value"."""
         return tuple(self._of_items(name, mask & self.counts) for name, mask in self._masks.items())
 
+    def name(self, item: int) -> Name:
+        """Return what an item is called, of its place in the test set."""
+        return item if self.items is None else self.items[item]
+
     def to_json(self) -> dict[str, Any]:
         """Return every number as plain values; what is not finite becomes None."""
         facts = {
@@ -226,9 +234,9 @@ class Comparison:
             "items_wrong": self.items_wrong and list(self.items_wrong),
             "positions_changed": self.positions_changed,
             "flips": asdict(self.flips),
-            "broken": self.broken.tolist(),
-            "repaired": self.repaired.tolist(),
-            "other": self.other.tolist(),
+            "broken": [self.name(i) for i in self.broken.tolist()],
+            "repaired": [self.name(i) for i in self.repaired.tolist()],
+            "other": [self.name(i) for i in self.other.tolist()],
             "kl": self.kl,
             "shift": {"of": self.kind.moved, **spread(self.shift[self.counts])},
             "slices": _rows("slice", self.by_slice),
@@ -283,6 +291,7 @@ def compare(
     output: Output = None,
     batch_size: int = 128,
     slices: Mapping[str, Column] | None = None,
+    items: Sequence[Name] | None = None,
 ) -> Comparison:
     """Run two models, or functions, on one test set and say everything that differs.
 
@@ -299,6 +308,7 @@ def compare(
         output: which tensor of a structured answer is meant: its key, attribute, place, or a function that finds it.
         batch_size: how many items each call gets.
         slices: columns of one's own by name, n values each: the items of every value are summed up too.
+        items: what each item is called where it came from, n of them: its row there, or its file.
 
     Raises:
         ShapeMismatch: the targets are not those of the outputs; the error says what to write.
@@ -313,7 +323,7 @@ def compare(
     check_targets(targets, length(inputs))
     found = [predict(_runnable(model), inputs, batch_size, output) for model in (before, after)]
     targets = targets.detach().cpu()
-    return Comparison(found[0], found[1], targets, chosen(likelihood, found[0], targets), slices or {})
+    return Comparison(found[0], found[1], targets, chosen(likelihood, found[0], targets), slices or {}, items)
 
 
 def predict(function: Function, inputs: Inputs, batch_size: int = 128, output: Output = None) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .._calling import Output, check_batch
+from .._calling import Name, Output, check_batch, check_names
 from .._identity import identity
 from .._terminal import bar
 from ..constraints import Constraint
@@ -44,6 +44,7 @@ def evaluate(
     protocol: Protocol | None = None,
     likelihood: Likelihood | None = None,
     output: Output = None,
+    items: Sequence[Name] | None = None,
     results: str | Path | None = None,
     batch_size: int = 250,
     progress: bool = True,
@@ -67,6 +68,7 @@ def evaluate(
         likelihood: what the outputs mean; `Categorical()` when not given, where the targets are integers, one for each
             position.
         output: which tensor of a structured answer the test set is about; see `compare`.
+        items: what each edit is about, for its row of the report: a row of your data, or a file.
         results: a file of JSON lines, written edit by edit; a run that was stopped continues from it.
         batch_size: test items in one full pass.
         progress: show a progress bar where the output is a terminal.
@@ -77,6 +79,7 @@ def evaluate(
     """
     protocol = Independent() if protocol is None else protocol
     _check(model, edits, editor, protocol, batch_size)
+    check_names(items, len(edits), "edits")
     inputs, targets = test
     check_targets(targets, check_batch(inputs, "evaluate"))
     check_finite(model)
@@ -102,7 +105,7 @@ def evaluate(
         def told(rows: Sequence[Row]) -> None:
             show(len(rows), _told(rows))
 
-        bench = Bench(model, network, edits, editor, keep, altered, predictor, targets, log, told)
+        bench = Bench(model, network, edits, editor, keep, altered, predictor, targets, log, told, items)
         rows, checkpoints = protocol.run(bench)
     patterns = (parameters,) if isinstance(parameters, str) else tuple(parameters)
     return Report(

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
+from .._calling import Name
 from .._terminal import console
 from ..editing import Result
 from ..errors import InvalidInput
@@ -54,6 +55,7 @@ class Row:
         peak_bytes: growth of peak memory during the edit; None where it cannot be measured.
         generality: the share of altered copies of its inputs that are answered as demanded; None where not measured.
         impact: on the test set; None where the protocol does not measure it after every edit.
+        item: what the edit is about: a row of the user's data, or a file; None where it was not told.
     """
 
     index: int
@@ -64,6 +66,7 @@ class Row:
     peak_bytes: int | None
     generality: float | None
     impact: Impact | None
+    item: Name | None = None
 
 
 @final

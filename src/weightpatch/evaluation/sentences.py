@@ -10,7 +10,7 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor, nn
 
-from .._calling import outputs
+from .._calling import Name, check_names, outputs
 from ..errors import InvalidInput
 from ..likelihoods import Categorical, Of
 from ..network import preserved_rng, structural_clone
@@ -54,6 +54,7 @@ class SentenceComparison:
         drift: the same over all tokens of all answers.
         references: right answers, or None.
         scoring: how answers are judged by these, or None.
+        items: what each text is called where it came from, such as its line; its place when not given.
     """
 
     texts: tuple[str, ...]
@@ -63,8 +64,10 @@ class SentenceComparison:
     drift: float
     references: tuple[str, ...] | None = None
     scoring: Scoring | None = None
+    items: Sequence[Name] | None = None
 
     def __post_init__(self) -> None:
+        check_names(self.items, len(self.texts), "texts")
         sizes = {len(part) for part in (self.texts, self.before, self.after, self.kl, self.references or self.texts)}
         if len(sizes) > 1 or not self.texts:
             raise InvalidInput(
@@ -132,6 +135,10 @@ class SentenceComparison:
             told += f"{self.scoring.name} {self.scores[0]:.2f} -> {self.scores[1]:.2f} ({_change(self.drawdown)}), "
         return told + f"drift {self.drift:.2g} nats"
 
+    def name(self, row: int) -> Name:
+        """Return what a text is called, of its place."""
+        return row if self.items is None else self.items[row]
+
     def to_json(self) -> dict[str, Any]:
         """Return every number, and the texts of the rows that changed."""
         loss, lost, scoring = self.loss, self.drawdown, self.scoring
@@ -150,7 +157,7 @@ class SentenceComparison:
     def _row(self, row: int) -> dict[str, Any]:
         pair = self.scored(row)
         return {
-            "row": row,
+            "item": self.name(row),
             "text": self.texts[row],
             "before": self.before[row],
             "after": self.after[row],
@@ -167,6 +174,7 @@ def compare_sentences(
     texts: Sequence[str],
     references: Sequence[str] | None = None,
     scoring: Scoring | None = None,
+    items: Sequence[Name] | None = None,
 ) -> SentenceComparison:
     """Answer texts with a model and with another one of its kind; both are left as they are.
 
@@ -176,6 +184,7 @@ def compare_sentences(
         texts: n sources or prompts.
         references: n right answers.
         scoring: how answers are judged by these; BLEU and chrF when not given.
+        items: what each text is called where it came from, such as its line.
 
     Raises:
         MissingExtra: sacrebleu is not installed, and no scoring is given for the references.
@@ -188,7 +197,7 @@ def compare_sentences(
         kl, drift = ([0.0] * len(texts), 0.0) if other is None else _divergences(kind, other, texts, first)
     told = None if references is None else tuple(references)
     before, now = (tuple(kind.text(tokens) for tokens in answers) for answers in (first, second))
-    return SentenceComparison(tuple(texts), before, now, tuple(kl), drift, told, scoring)
+    return SentenceComparison(tuple(texts), before, now, tuple(kl), drift, told, scoring, items)
 
 
 def patched(model: nn.Module, patch: Patch | None) -> nn.Module:

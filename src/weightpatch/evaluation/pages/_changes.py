@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
-from ..._calling import Inputs
+from ..._calling import Inputs, Name
 from ..comparison import Comparison
 from ..kinds import GroupChange
 from ..metrics import Estimate, wilson
@@ -27,7 +27,7 @@ class Card:
     """One answer that changed: for the worse (broken), the better (repaired) or neither; `asked` was in the edit."""
 
     kind: str
-    row: int
+    item: Name
     lines: tuple[Line, ...]
     more: int
     note: str
@@ -104,7 +104,7 @@ def changes(
         tuple(
             Card(
                 kinds[row],
-                row,
+                comparison.name(row),
                 *lines(comparison, row, names),
                 note(comparison, row, names),
                 row in asked,

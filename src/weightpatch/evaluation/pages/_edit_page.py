@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch import nn
 
-from ..._calling import Function, Output, length
+from ..._calling import Function, Name, Output, check_names, length
 from ...constraints import Constraint
 from ...editing import Edit
 from ...likelihoods import Likelihood
@@ -48,6 +48,8 @@ def edit_page(
     tables: Sequence[tuple[str, Report]] = (),
     likelihood: Likelihood | None = None,
     output: Output = None,
+    items: Sequence[Name] | None = None,
+    asked: Sequence[Name] | None = None,
 ) -> Path:
     """Write what an edit did as an HTML page, with every number in a JSON file beside it; return the page's path.
 
@@ -64,6 +66,8 @@ def edit_page(
         tables: results of `weightpatch.evaluate` to show beside, each with a title.
         likelihood: what the outputs mean, see `compare`.
         output: which tensor of a structured answer is meant, see `compare`.
+        items: what each item of the test set is called where it came from, see `compare`.
+        asked: the same of the inputs that the constraint is about, in order; found in the test set when not given.
 
     Raises:
         InvalidInput: the test set cannot be used, or the path is not that of a page.
@@ -71,8 +75,9 @@ def edit_page(
     """
     place = page_path(path)
     check_targets(test[1], length(test[0]))
+    check_names(items, length(test[0]), "items of the test set")
     names = Names(classes)
-    reading = Reading(likelihood, output)
+    reading = Reading(likelihood, output, items, asked)
     found = _measure(model, edit, edit.constraint if constraint is None else constraint, test, names, picture, reading)
     seen = changes(found.comparison, test[0], names, picture, found.asked)
     view = {
@@ -102,10 +107,12 @@ class Measured:
 @final
 @dataclass(frozen=True)
 class Reading:
-    """What of a model's answer is meant, and what it means."""
+    """What of a model's answer is meant, what it means, and what items are called."""
 
     likelihood: Likelihood | None
     output: Output
+    items: Sequence[Name] | None
+    asked: Sequence[Name] | None
 
 
 def _measure(
@@ -119,8 +126,10 @@ def _measure(
 ) -> Measured:
     with preserved_rng(), torch.no_grad():
         before, after, bound, comparison, curve = _both(model, edit.patch, constraint, test, reading)
+        comparison = replace(comparison, items=reading.items)
         kinds = demands(constraint, bound, before, after)
-        shown, asked = mistakes(bound, before, after, classes, picture, test[0], _MISTAKES)
+        shown, asked = mistakes(bound, before, after, classes, picture, test[0], _MISTAKES, reading.asked)
+        shown = [_named(mistake, comparison) for mistake in shown]
     return Measured(kinds, shown, frozenset(asked), comparison, curve)
 
 
@@ -138,6 +147,11 @@ def _both(
     return network.before, network.at(between(network, patch, 1.0)), bound, comparison, curve
 
 
+def _named(mistake: Mistake, comparison: Comparison) -> Mistake:
+    known = mistake.item is not None or mistake.row is None
+    return mistake if known else replace(mistake, item=comparison.name(mistake.row or 0))
+
+
 def _lines(curve: Curve | None) -> dict[str, str] | None:
     return None if curve is None else {"slack": slack_line(curve), "drawdown": drawdown_line(curve)}
 
@@ -150,11 +164,12 @@ def _facts(
     tables: Sequence[tuple[str, Report]],
 ) -> dict[str, Any]:
     plain = [{**asdict(card), "picture": None} for card in seen.cards]
+    told = [{**asdict(mistake), "picture": None} for mistake in found.mistakes]
     return {
         **facts(edit),
         "classes": list(classes),
         "demands": [asdict(demand) for demand in found.demands],
-        "mistakes": [{**asdict(mistake), "picture": None} for mistake in found.mistakes],
+        "mistakes": [{name: value for name, value in mistake.items() if name != "row"} for mistake in told],
         "comparison": found.comparison.to_json(),
         "shown": plain,
         "curve": None if found.curve is None else found.curve.to_json(),

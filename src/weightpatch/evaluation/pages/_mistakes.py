@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 
-from ..._calling import Function, Inputs, leaves, outputs, rows
+from ..._calling import Function, Inputs, Name, check_names, leaves, length, outputs, rows
 from ...constraints import Classified, Constraint, Tagged, Within
 from ._pictures import Image, Picture, default_picture, draw
 from ._words import Names, number
@@ -62,6 +63,7 @@ class Mistake:
         margin_after: the same after.
         met: whether the demand holds.
         row: the input's place in the test set.
+        item: what the input is called where it came from.
         bars: what answers are made of.
         picture: of the input.
     """
@@ -75,6 +77,7 @@ class Mistake:
     margin_after: float
     met: bool
     row: int | None
+    item: Name | None
     bars: tuple[Bar, ...]
     picture: Image | None
 
@@ -98,13 +101,19 @@ def mistakes(
     picture: Picture | None,
     test: Inputs,
     most: int,
+    names: Sequence[Name] | None = None,
 ) -> tuple[list[Mistake], list[int]]:
-    """Return the demands on single answers that did not hold before, at most so many, and their test items."""
+    """Return the demands on single answers that did not hold before, at most so many, and their test items.
+
+    `names` are those of the inputs of all such demands, in order.
+    """
     found: list[Mistake] = []
     asked: list[int] = []
-    for part in constraint.conjuncts:
-        if not isinstance(part, (Classified, Tagged, Within)):
-            continue
+    about = [part for part in constraint.conjuncts if isinstance(part, (Classified, Tagged, Within))]
+    check_names(names, sum(length(part.inputs) for part in about), "inputs of the constraint")
+    left = None if names is None else iter(names)
+    for part in about:
+        called = [None if left is None else next(left) for _ in range(length(part.inputs))]
         look = picture or _as_in(test, part.inputs)
         with torch.no_grad():
             told = [outputs(function, part.inputs, part.output).cpu() for function in (before, after)]
@@ -116,8 +125,8 @@ def mistakes(
             asked += same
             if len(found) < most:
                 image, row = draw(look, part.inputs, i), same[0] if same else None
-                about = (not bool(missed[1][i]), row, image)
-                found.append(_mistake(part, i, [z[i : i + 1] for z in told], classes, *about))
+                seen = (not bool(missed[1][i]), row, called[i], image)
+                found.append(_mistake(part, i, [z[i : i + 1] for z in told], classes, *seen))
     return found, asked
 
 
@@ -168,6 +177,7 @@ def _mistake(
     names: Names,
     met: bool,
     row: int | None,
+    item: Name | None,
     image: Image | None,
 ) -> Mistake:
     """Say what one item, whose outputs before and after are (1, ...), should answer."""
@@ -178,7 +188,7 @@ def _mistake(
         say = _of_tags(part, i, told, names) if isinstance(part, Tagged) else _of_class(part, i, told, names)
         answers, margins, bars = say
         measure, asked = "Margin in logits", f"at least {number(part.margin)}" if part.margin else "more than 0"
-    return Mistake(*answers, measure, asked, *margins, met, row, bars, image)
+    return Mistake(*answers, measure, asked, *margins, met, row, item, bars, image)
 
 
 Said = tuple[tuple[str, str, str], tuple[float, float], tuple[Bar, ...]]

@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from ..._calling import Function
+from ..._calling import Function, Name
 from ...constraints import Classified, Constraint, Preferred, Says
 from ...errors import InvalidInput
 from ..differences import Span, differences
@@ -42,7 +42,7 @@ class Line:
     """One answer that changed; `asked` marks a text that the edit was about."""
 
     kind: str
-    row: int
+    item: Name
     text: str
     spans: tuple[Span, ...]
     reference: str | None
@@ -130,7 +130,7 @@ def _line(comparison: SentenceComparison, row: int, asked: bool) -> Line:
     loss = 0.0 if pair is None else pair[0] - pair[1]
     return Line(
         kind="broken" if loss > _EQUAL else "repaired" if loss < -_EQUAL else "other",
-        row=row,
+        item=comparison.name(row),
         text=comparison.texts[row],
         spans=differences(comparison.before[row], comparison.after[row]),
         reference=None if comparison.references is None else comparison.references[row],

@@ -29,7 +29,7 @@ def image_folder(
     Grey if every file is grey, else RGB; (pixel / 255 - mean) / std. With `size`, the shorter side is scaled to it
     (bicubic) and the middle square cut out; without, all files must have one size. `classes` fixes the labels' order
     (a class may have no subfolder, a subfolder must have its class); by default the subfolders' names, sorted. Files
-    come in order of class and name. Raises InvalidInput, or MissingExtra without Pillow.
+    come in order of class and name, and are the images' names. Raises InvalidInput, or MissingExtra without Pillow.
     """
     files, names = _labelled_files(Path(path), classes)
     opened = [_opened(file, size) for file, _ in files]
@@ -42,7 +42,8 @@ def image_folder(
                 "(height, width); pass size to bring all images to one size"
             )
     labels = torch.tensor([label for _, label in files], device="cpu")
-    return LabelledImages(normalised(torch.stack(pixels), mean, std), labels, names)
+    called = tuple(file.relative_to(path).as_posix() for file, _ in files)
+    return LabelledImages(normalised(torch.stack(pixels), mean, std), labels, names, called)
 
 
 def _labelled_files(path: Path, classes: tuple[str, ...] | None) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:

@@ -13,12 +13,14 @@ class LabelledImages:
     """Images as a classifier expects them, with their labels.
 
     `images` (n, channels, height, width) float32, already normalised: (pixel / 255 - mean) / std per channel, with the
-    mean and std which the loader documents; `labels` (n,) int64, each an index into `classes`.
+    mean and std which the loader documents; `labels` (n,) int64, each an index into `classes`; `names` of the images
+    where they came from, their rows or files, which a selection keeps: rows when not given.
     """
 
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    names: tuple[str | int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.dtype != torch.float32:
@@ -34,12 +36,18 @@ class LabelledImages:
                 f"labels go from {int(self.labels.min())} to {int(self.labels.max())}; expected 0 to "
                 f"{len(self.classes) - 1}, because there are {len(self.classes)} classes"
             )
+        if not self.names:
+            object.__setattr__(self, "names", tuple(range(len(self))))
+        if len(self.names) != len(self):
+            raise InvalidInput(f"there are {len(self.names)} names for {len(self)} images; expected one an image")
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: slice | Tensor) -> "LabelledImages":
-        return LabelledImages(self.images[index], self.labels[index], self.classes)
+        chosen = torch.arange(len(self), device="cpu")[index if isinstance(index, slice) else index.cpu()].tolist()
+        names = tuple(self.names[row] for row in chosen)
+        return LabelledImages(self.images[index], self.labels[index], self.classes, names)
 
     def __repr__(self) -> str:
         return f"LabelledImages({_described(self.images)}, {len(self.classes)} classes)"

@@ -13,6 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from weightpatch._calling import Name, check_names
 from weightpatch._identity import different, digest, identity
 from weightpatch.constraints import IGNORED, Constraint, Preferred, Says
 from weightpatch.editing import Result, solve
@@ -70,6 +71,7 @@ class GenerationRow:
         changed: the share of the test answers that changed at all.
         drift: mean KL(before || after) over the tokens of the test answers, nats.
         anew: how many test answers were generated anew.
+        item: what the edit is about, such as a line of a file; None where it was not told.
     """
 
     index: int
@@ -82,6 +84,7 @@ class GenerationRow:
     changed: float
     drift: float | None
     anew: int
+    item: Name | None = None
 
 
 @final
@@ -152,6 +155,7 @@ def evaluate(
     score: Score | None = None,
     parameters: str | Sequence[str] = "*",
     keep: Locality | None = None,
+    items: Sequence[Name] | None = None,
     results: str | Path | None = None,
     progress: Callable[[GenerationRow], None] | None = None,
 ) -> GenerationReport:
@@ -170,6 +174,7 @@ def evaluate(
         score: of n answers and n references, such as `weightpatch.tasks.translation.bleu`.
         parameters: which parameters may move, as one or several glob patterns of their names.
         keep: what should stay, for editors that use it.
+        items: what each edit is about, for its row of the report, such as a line of a file.
         results: a file of JSON lines, written edit by edit; a run that was stopped continues from it, and so does one
             that asks for more edits behind the same ones.
         progress: is told every row.
@@ -182,6 +187,7 @@ def evaluate(
             f"evaluate was given {len(edits)} edits, {len(texts)} texts, references {references is not None} and score "
             f"{score is not None}; expected at least one edit and text, and references and score together"
         )
+    check_names(items, len(edits), "edits")
     header = _header(kind, editor, texts, references, score, parameters, keep) if results is not None else {}
     names = [_name(edit) if results is not None else "" for edit in edits]
     if keep is not None:
@@ -212,6 +218,7 @@ def evaluate(
                 changed=len(found.changed) / len(texts),
                 drift=found.drift if math.isfinite(found.drift) else None,
                 anew=found.anew,
+                item=None if items is None else items[index],
             )
             rows.append(row)
             log.append({"edit": names[index], **asdict(row)})
