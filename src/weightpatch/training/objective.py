@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, final
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, cast, final
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._calling import Inputs, leaves, outputs
-from ..constraints import Constraint
+from .._calling import Inputs, Params, leaves, outputs
+from ..constraints import All, Constraint
 from ..editors import IterativeEditor
 from ..errors import InvalidInput
+from ..likelihoods import Likelihood
 from ..locality import Locality
 from ..network import LiveNetwork
 from ..problem import Problem
@@ -170,6 +171,7 @@ class EditableObjective(nn.Module):
             raise InvalidInput(
                 "EditableObjective was given several localities, or one with a judge; expected one batch of one output"
             )
+        episodes = tuple(self._meant(episode, live) for episode in episodes)
         own = batch is not None and batch[0] is keep.inputs
         merged = batch is not None and own and self._eval_is_train(batch[0])
         kept = self._recorder.whole(live, keep.inputs, answer=merged or (own and self.c_eval > 0))
@@ -187,12 +189,35 @@ class EditableObjective(nn.Module):
         self.terms = Terms.of(base, trial.grades)
         return loss
 
+    def _meant(self, episode: Episode, live: Params) -> Episode:
+        """Return an episode whose constraints know what outputs are, which is read off the network once a kind."""
+        constraint, also = (
+            one if one is None else self._known(one, live) for one in (episode.constraint, episode.also)
+        )
+        assert constraint is not None
+        return Episode(constraint, also)
+
+    def _known(self, constraint: Constraint, live: Params) -> Constraint:
+        parts: list[Any] = []
+        for part in constraint.conjuncts:
+            own = is_dataclass(part) and any(field.name == "likelihood" for field in fields(part))
+            if own and part.likelihood is not None and not part.likelihood.complete:
+                kind = type(part), repr(part.output)
+                if kind not in self._meanings:
+                    answer = self._recorder.whole(live, part.batches[0]).output
+                    self._meanings[kind] = part.bind(lambda *_, answer=answer, **__: answer).likelihood
+                parts.append(replace(cast(Any, part), likelihood=self._meanings[kind]))
+            else:
+                parts.append(part)
+        return parts[0] if len(parts) == 1 else All(tuple(parts))
+
     def _look(self) -> None:
         """Make a view of the model with its present dtypes and device."""
         self._network = LiveNetwork(self.model, self._patterns, replay=self._replay)
         self._recorder = Recorder(self._network)
         self._sizes: dict[Any, int] = {}
         self._same: dict[tuple[bool, ...], bool] = {}
+        self._meanings: dict[Any, Likelihood | None] = {}
 
     def _eval_is_train(self, inputs: Inputs) -> bool:
         modes = tuple(module.training for module in self.model.modules())
