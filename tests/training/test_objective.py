@@ -292,7 +292,9 @@ def test_the_first_order_option_is_the_identity_approximation():
     after = {name: moved.get(name, p).detach().requires_grad_() for name, p in model.named_parameters()}
     run = torch.func.functional_call
     loss = fix.violation(lambda x: run(model, after, (x,))).relu().mean()
-    loss = loss + wp.Locality(keep).drift(model, lambda x: run(model, after, (x,)))
+    loss = loss + wp.Locality(keep, likelihood=wp.likelihoods.Categorical()).drift(
+        model, lambda x: run(model, after, (x,))
+    )
     close(found, list(torch.autograd.grad(loss, list(after.values()))), 1e-3)  # the patch was rounded
 
 
@@ -332,7 +334,10 @@ class Both(Constraint):
 def test_the_same_tensor_with_other_constants_is_another_call():
     torch.manual_seed(0)
     model = Switched().double()
-    fix, keep = Both(torch.randn(2, 4).double(), torch.tensor([1, 2])), wp.Locality(torch.randn(6, 4).double())
+    fix, keep = (
+        Both(torch.randn(2, 4).double(), torch.tensor([1, 2])),
+        wp.Locality(torch.randn(6, 4).double(), likelihood=wp.likelihoods.Categorical()),
+    )
     found = []
     for replay in (True, False):
         objective = EditableObjective(model, GradientDescent(lr=0.1, max_steps=2), parameters="second.*", replay=replay)
