@@ -108,7 +108,7 @@ def test_it_goes_on_where_it_stopped_and_refuses_another_run(capsys: pytest.Capt
     assert Path("runs/run/model.safetensors").read_bytes() == weights
     code, facts = run(text.replace("edits = 2", "edits = 3"), capsys=capsys)
     assert code == 2
-    assert "settings.edits is 3, there 2" in facts["error"]
+    assert "settings.edits is 2 there and 3 now" in facts["error"]
 
 
 def test_without_weights_of_the_edit_terms_it_is_plain_training(capsys: pytest.CaptureFixture[str]):

@@ -181,6 +181,21 @@ def test_a_checkpoint_of_another_run_is_refused(
         go(whole[0], **changes)
 
 
+def test_another_function_of_a_schedule_or_sampler_is_another_run(tmp_path: Path):
+    def options(rate: float, shift: float) -> dict[str, Any]:
+        schedule = torch.optim.lr_scheduler.LambdaLR
+        _, x, y = build()
+        sampler = Mistakes(x, y, lambda inputs, generator: inputs + shift)
+        return {"sampler": sampler, "schedule": lambda o: schedule(o, lambda step: rate), "validation": None}
+
+    settings = replace(SETTINGS, steps=3)
+    go(tmp_path, settings=settings, **options(0.5, 0.1))
+    for rate, shift, says in ((0.6, 0.1, r"schedule.functions\[0\] is"), (0.5, 0.2, "sampler.altered is")):
+        with pytest.raises(InvalidInput, match=says):
+            go(tmp_path, settings=settings, **options(rate, shift))
+    go(tmp_path, settings=settings, **options(0.5, 0.1))
+
+
 def test_other_data_is_another_run(whole: tuple[Path, Trained, nn.Module]):
     objective, x, y = build()
     with pytest.raises(InvalidInput, match="data.inputs is .*there"):

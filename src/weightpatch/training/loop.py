@@ -311,7 +311,8 @@ def _identity(
 
 def _plain(schedule: torch.optim.lr_scheduler.LRScheduler) -> dict[str, Any]:
     state = schedule.state_dict()
-    return {name: identity(value) for name, value in state.items() if isinstance(value, (int, float, str, list))}
+    told = {name: identity(value) for name, value in state.items() if isinstance(value, (int, float, str, list))}
+    return {**told, "functions": identity(getattr(schedule, "lr_lambdas", None))}  # which are no part of a state
 
 
 def _share(found: list[Any]) -> None:
