@@ -223,7 +223,7 @@ def test_a_model_that_returns_something_odd():
     fix = Classified(torch.ones(1, 6), LABEL)
     refuses(Odd(lambda z: "yes"), InvalidInput, "returned str", fix)
     refuses(Odd(lambda z: z[:, :1]), ShapeMismatch, "at least 2 classes", fix)
-    refuses(Odd(lambda z: z[None]), ShapeMismatch, "expects logits of shape", fix)
+    refuses(Odd(lambda z: z[None]), ShapeMismatch, "expected one label for each", fix)
     torch.manual_seed(0)
     for wrap in (lambda z: {"logits": z}, lambda z: (z, None), lambda z: type("Out", (), {"logits": z})()):
         model = Odd(wrap)

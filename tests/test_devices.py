@@ -88,7 +88,8 @@ def test_answers_to_a_test_set(place: Place, case: zoo.Case) -> None:
     with place.here():
         network = Network(model, case.parameters)
         fast, slow = FastPredictor(model, network, x, 16), SlowPredictor(model, network, x, 16)
-        assert torch.equal(fast.base, slow.base)
+        assert torch.equal(fast.base.argmax(1), slow.base.argmax(1))
+        assert torch.allclose(fast.base, slow.base, atol=1e-5)
         for scale in (0.0, 0.01, 0.1):
             moved = {name: p + scale * p.abs().mean() * torch.randn_like(p) for name, p in network.start.items()}
             ours, theirs = fast.predict(network.rounded(moved)), slow.predict(network.rounded(moved))

@@ -131,7 +131,7 @@ def test_errors_have_names_and_units():
     wrong = Categorical().loss(torch.eye(4)[:, :3] * 5, labels)
     assert wrong.isnan().tolist() == [False, False, True, False]
     assert (Categorical().figure(float(wrong.nanmean())), Categorical().unit) == (pytest.approx(100 / 3), "%")
-    tags = Bernoulli().loss(torch.tensor([[1.0, -1.0, 2.0, -5.0]]), torch.tensor([[1, 1, 0, -1]]))
+    tags = Bernoulli().loss(torch.tensor([[1.0, -1.0, 2.0, -5.0]]), torch.tensor([[1, 1, 0, -100]]))
     assert tags.tolist() == [pytest.approx(2 / 3)]
     numbers = Gaussian().loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 5.0]]))
     assert Gaussian().figure(float(numbers.mean())) == pytest.approx(math.sqrt(4.5))

@@ -20,6 +20,7 @@ from .errors import InvalidInput, ShapeMismatch
 
 __all__ = ["Bernoulli", "Categorical", "Gaussian", "Likelihood", "Of"]
 
+IGNORED = -100  # a target where nothing is asked, as torch's losses have it
 _IMAGES = 4  # dimensions of outputs from which on classes are on dimension 1, as torch's losses have them
 _SUMS = 1e-5  # how far float32 probabilities of one position are from a sum of 1
 _HALVES = 4e-3  # the same of float16 and bfloat16
@@ -188,17 +189,18 @@ class Categorical(Likelihood):
         return self.answer(before) != self.answer(after)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return 1 where the class is wrong and 0 where it is right; NaN where the target is negative: ignored."""
+        """Return 1 where the class is wrong and 0 where it is right; NaN where the target is -100: ignored."""
         answers = self.answer(outputs)
         _check_targets(self, targets, answers.shape, whole=True)
         targets = targets.to(answers.device)
         classes = outputs.shape[_dimension(outputs, self.dim)]
-        if bool((targets >= classes).any()):
+        asked = targets != IGNORED
+        if bool(((targets >= classes) | (targets < 0) & asked).any()):
             raise InvalidInput(
-                f"targets go up to {int(targets.max())}; the model has {classes} classes, so expected 0 to "
-                f"{classes - 1}, or a negative number where nothing is asked"
+                f"targets go from {int(targets[asked].min())} to {int(targets.max())}; the model has {classes} "
+                f"classes, so expected 0 to {classes - 1}, or {IGNORED} where nothing is asked"
             )
-        return (answers != targets).double().masked_fill(targets < 0, torch.nan)
+        return (answers != targets).double().masked_fill(~asked, torch.nan)
 
     def figure(self, mean: float) -> float:
         """Return the share of wrong answers, in percent."""
@@ -305,12 +307,18 @@ class Bernoulli(Likelihood):
         return (self.answer(before) != self.answer(after)).any(-1)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the share of tags that are wrong; targets are 0 or 1, and negative where nothing is asked."""
+        """Return the share of tags that are wrong; targets are 0 or 1, and -100 where nothing is asked."""
         answers = self.answer(outputs)
         given = aligned(targets.to(answers.device), outputs, self.dim)
         _check_targets(self, given, answers.shape, whole=False)
-        counts = given >= 0
-        wrong = ((answers != given.long()) & counts).double().sum(-1)
+        given = given.long()
+        if bool(((given != 0) & (given != 1) & (given != IGNORED)).any()):
+            raise InvalidInput(
+                f"targets of tags go from {int(given.min())} to {int(given.max())}; expected 0 for off, 1 for on, and "
+                f"{IGNORED} where nothing is asked"
+            )
+        counts = given != IGNORED
+        wrong = ((answers != given) & counts).double().sum(-1)
         asked = counts.sum(-1)
         return (wrong / asked).masked_fill(asked == 0, torch.nan)
 

@@ -63,7 +63,7 @@ def test_the_journey_of_a_patch_on_a_model_folder(task, models, capsys):
     code, facts = run(capsys, *edit(model, task, "--keep-texts", "texts.txt", "--keep", 4, "--report", "fix.html"))
     assert (code, facts["result"]) == (0, "satisfied")
     assert digest(model) == seen
-    assert facts["kept"] == 4 and facts["comparison"]["n"] == 8  # the source itself is neither kept nor measured
+    assert facts["kept"]["items"] == 4 and facts["comparison"]["n"] == 8  # the source itself is neither kept nor measured
     (told,) = facts["answers"]
     assert told["before"] == answer(model, task) and told["after"].startswith(TARGET[task])
     assert SOURCE in Path("fix.html").read_text()

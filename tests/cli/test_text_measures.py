@@ -77,8 +77,8 @@ def test_a_trial_edit_without_a_target_asks_for_the_second_likeliest_answer(mode
 def test_doctor_tries_the_edit_that_is_asked_for(models, capsys):
     words = ["doctor", "--task", "translation", models["translation"], "--source", "w3", "--target", "w7 w8", *SHORT]
     code, facts = run(capsys, *words, "--keep-texts", "texts.txt", "--keep", 4, *PLAIN, "--keep-weight", 1)
-    assert code == 0 and (facts["edit"]["target"], facts["edit"]["kept"]) == ("w7 w8", 4)
-    assert facts["edit"]["drift"] > 0
+    assert code == 0 and (facts["edit"]["target"], facts["edit"]["kept"]["items"]) == ("w7 w8", 4)
+    assert facts["edit"]["kept"]["drift"] > 0
     code, facts = run(capsys, *words, "--editor", "RMSProp", "--lr", "1e-9", "--max-steps", 1)
     assert (code, facts["edit"]["result"]) == (1, "unsatisfied")
     assert main([*map(str, words), *PLAIN, "--parameters", "*"]) == 0

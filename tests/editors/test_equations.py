@@ -18,6 +18,7 @@ from weightpatch.editing import Result
 from weightpatch.editors import MinimumNorm, Preconditioned
 from weightpatch.editors._dual import Ball, least_norm
 from weightpatch.editors.base import Solution
+from weightpatch.errors import ConflictingConstraints
 from weightpatch.network import Network
 from weightpatch.problem import Problem
 from weightpatch.statistics import second_moments
@@ -175,9 +176,21 @@ def test_the_dual_meets_a_general_solver_or_shows_a_contradiction(seed: int, m: 
         assert 0.5 * float(delta @ delta) == pytest.approx(other.fun, rel=1e-6, abs=1e-7)
 
 
+class Numbered(nn.Module):
+    """Items have a number that nothing looks at: the same features may be asked for two targets."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.model(inputs[:, :-1])
+
+
 def test_contradicting_targets_are_named():
-    model, x = head(), drawn(2, 6, seed=4)
+    model, x = Numbered(head()), drawn(2, 6, seed=4)
     inputs = torch.cat([drawn(1, 6, seed=9), x[:1], x[:1], x[1:]])
+    inputs = torch.cat([inputs, torch.arange(4).to(inputs)[:, None]], 1)
     targets = model(inputs).detach() + 0.1 * drawn(4, 3, seed=8)
     targets[2] = targets[1] + 1.0  # one input, two targets
     for tolerance in (1e-12, 1e-4):
@@ -187,6 +200,8 @@ def test_contradicting_targets_are_named():
         assert found.certificate.infeasible == (1, 2)
     wide = wp.edit(model, Within(inputs, targets, 0.8), MinimumNorm())  # √0.8 > √3 / 2: the balls meet
     assert wide.result is Result.satisfied
+    with pytest.raises(ConflictingConstraints, match="demands 0 and 1 ask the same input to be within"):
+        wp.edit(model, Within(inputs[[1, 1]], targets[1:3], 0.1), MinimumNorm())
 
 
 def test_a_class_that_the_targets_deny_is_named():

@@ -258,7 +258,7 @@ def test_vectors_move_when_asked():
 
 def test_what_is_kept_weighs_in_the_whole_models_answers():
     model, x, kept = perceptron(), drawn(1, 48, dtype=torch.float32), drawn(64, 48, seed=3, dtype=torch.float32)
-    fix, keep = second(model, x, 1.0), wp.Locality(kept)
+    fix, keep = second(model, x, 1.0), wp.Locality(kept, judge=wp.Locality(kept))  # all of it is searched on
     free, held = (
         wp.edit(
             model,

@@ -60,7 +60,7 @@ def softmax(z: Array) -> Array:
 
 
 def class_wrong(z: Array, y: Array) -> Array:
-    return np.where(y < 0, np.nan, positions(z).argmax(-1) != y)
+    return np.where(y == -100, np.nan, positions(z).argmax(-1) != y)
 
 
 def class_changed(a: Array, b: Array) -> npt.NDArray[np.bool_]:
@@ -120,7 +120,7 @@ def noisy_classes(z: Tensor) -> Tensor:
     return (z + 0.3 * z.std() * noise).argmax(1 if z.ndim == 4 else -1)
 
 
-def some_ignored(y: Tensor, value: float = -1) -> Tensor:
+def some_ignored(y: Tensor, value: float = -100) -> Tensor:
     y = y.clone()
     y[::5] = value
     return y
@@ -129,14 +129,14 @@ def some_ignored(y: Tensor, value: float = -1) -> Tensor:
 def ignored_pixels(z: Tensor) -> Tensor:
     y = noisy_classes(z)
     y[:, :2] = -100
-    y[3] = -1
+    y[3] = -100
     return y
 
 
 def noisy_tags(z: Tensor) -> Tensor:
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(5))
     y = (z + 0.3 * z.std() * noise > 0).float()
-    y.view(len(y), -1)[::4, 0] = -1
+    y.view(len(y), -1)[::4, 0] = -100
     return y
 
 

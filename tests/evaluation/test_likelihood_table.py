@@ -183,6 +183,7 @@ def test_groups_are_classes_tags_and_outputs() -> None:
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 90, 3, generator=g)
     y = torch.randint(-1, 3, (90,), generator=g)
+    y[y < 0] = -100
     for label, row in enumerate(Comparison(a, b, y).groups):
         mine = y == label
         was, now = a[mine].argmax(1), b[mine].argmax(1)
@@ -191,6 +192,7 @@ def test_groups_are_classes_tags_and_outputs() -> None:
         assert row.flips.broken == int(((was == label) & (now != label)).sum())
         assert row.flips.total == int((was != now).sum())
     tags = torch.randint(-1, 2, (90, 3), generator=g)
+    tags[tags < 0] = -100
     for k, row in enumerate(Comparison(a, b, tags, Bernoulli(Of.logits)).groups):
         asked = tags[:, k] >= 0
         was, now = ((z[asked, k] > 0).long() == tags[asked, k] for z in (a, b))

@@ -95,7 +95,7 @@ def doctor_text(
         ],
         "moves": list(parameters),
         "replay": replay,
-        "edit": {"source": source, "target": told, "kept": len(kept), **facts_of(found)},
+        "edit": {"source": source, "target": told, **facts_of(found)},
     }
     return Answer(facts, 0 if found.result.held else 1)
 

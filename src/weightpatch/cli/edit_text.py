@@ -148,7 +148,7 @@ def edit_text(
         out.print(f"tried    {attempt}", markup=False)
     out.print(f"{found}\n{found.result.value}", markup=False)
     held = found.result.held
-    facts: dict[str, Any] = {**facts_of(found), "parameters": list(parameters), "kept": len(kept), "output": None}
+    facts: dict[str, Any] = {**facts_of(found), "parameters": list(parameters), "output": None}
     if found.patch is None:
         return Answer(facts, 1)
     after = _after(speaker, found.patch, source)

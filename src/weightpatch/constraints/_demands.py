@@ -12,14 +12,12 @@ from torch import Tensor
 
 from .._calling import Function, Inputs, Output, check_batch, check_finite_tensor, leaves, outputs, rows
 from ..errors import InvalidInput, ShapeMismatch
-from ..likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from ..likelihoods import IGNORED, Bernoulli, Categorical, Gaussian, Likelihood
 from ..records import Record
 from ._base import Ask, Constraint, Piece, copies
 from ._recording import meaning, meant, packed, unpacked
 
 __all__ = ["IGNORED", "Classified", "Kept", "Tagged", "Within"]
-
-IGNORED = -100  # a label where nothing is asked, as torch's losses have it
 
 
 @final

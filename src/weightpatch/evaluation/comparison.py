@@ -33,7 +33,7 @@ class Comparison:
 
     What an answer is, when it changed and how wrong it is, the likelihood says; the figures are in its units: % of
     classes or tags wrong, the root mean squared error of numbers. An item changed where any of its positions did
-    (tokens, pixels). An answer that is NaN is wrong. What the targets leave out (negative, or NaN for numbers) counts
+    (tokens, pixels). An answer that is NaN is wrong. What the targets leave out (-100, or NaN for numbers) counts
     nowhere.
 
     Attributes:

@@ -45,7 +45,7 @@ def counted(loss: Tensor) -> Tensor:
     if not bool(counts.any()):
         raise InvalidInput(
             f"no target of the test set counts, of {loss.numel()}; expected at least one that is neither NaN nor "
-            "negative, which say that nothing is asked there"
+            "-100, which say that nothing is asked there"
         )
     return counts
 
