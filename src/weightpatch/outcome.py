@@ -13,9 +13,11 @@ from .editors import Attempt, Certificate, Editor
 from .effects import Effect
 from .errors import EditFailed
 from .patches import Patch
-from .verdict import Changed, Verdict, judge_edit
+from .verdict import Changed, Limits, Verdict, judge_edit
 
 __all__ = ["Edit", "Reality", "Result", "Solved"]
+
+_LIMITS = Limits()
 
 
 class Result(Enum):
@@ -165,12 +167,16 @@ class Edit:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether the side effects are known to be small: green, amber or red, with reasons."""
+        """Whether the side effects are known to be small: green, amber or red, by the usual limits."""
+        return self.judge()
+
+    def judge(self, limits: Limits = _LIMITS) -> Verdict:
+        """Judge the edit by what changed of what is kept; ``& comparison.judge(limits)`` adds what labels say."""
         kept, held_out = (
             None if effect is None else Changed(effect.changed, effect.items, what, effect.tries, effect.likelihood)
             for effect, what in ((self.kept, "kept answers"), (self.held_out, "held-out answers"))
         )
-        return judge_edit(kept, held_out)
+        return judge_edit(kept, held_out, limits)
 
     def raise_for_result(self) -> Edit:
         """Return self when the constraint holds, else raise `EditFailed` with the advice."""

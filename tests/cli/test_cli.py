@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -164,6 +165,29 @@ def test_a_gate_that_is_not_met_gives_1_and_no_patch(small: Path, wrong: int, ca
     assert code == 1
     assert facts["gate"] is False
     assert not Path("edit.patch.safetensors").exists()
+
+
+def test_the_exit_code_goes_by_the_verdict(small: Path, wrong: int, capsys):
+    coarse = edit(small, wrong, "--editor", "RProp", "--lr", "0.02", "--no-shrink", "--max-steps", "5")
+    code, facts = run(*coarse, capsys=capsys)
+    assert (code, facts["result"], facts["gate"], facts["verdict"]["level"]) == (1, "satisfied", True, "red")
+    assert Path(facts["output"]).exists()  # for those who accept that
+    assert facts["kept"]["items"] == 75 > facts["held_out"]["items"] and facts["held_out"]["upper"] > 0.5
+    assert main(coarse) == 1
+    told = capsys.readouterr().out
+    assert re.search(r"^kept .* of 75 answers changed.*\nheld out .* at most [\d.]+ % of others", told, re.MULTILINE)
+    assert re.search(r"^verdict  red: Over all items, the error moved by \+", told, re.MULTILINE)
+
+    save_file(images.fashion_classifier().state_dict(), "base.safetensors")
+    where = ["--model", MODEL, "--test", str(small), "--mean", "0.2860", "--std", "0.3530"]
+    code, facts = run("diff", "base.safetensors", "edit.patch.safetensors", *where, capsys=capsys)
+    assert code == 1 and facts["gates_failed"] == [] and facts["verdict"]["level"] == "red"
+    same = ["diff", "base.safetensors", "base.safetensors", *where]  # 300 items are too few to know of 1 point
+    code, facts = run(*same, capsys=capsys)
+    assert code == 0 and facts["verdict"] == facts["comparison"]["verdict"] and facts["verdict"]["level"] == "amber"
+    assert run(*same, "--strict", capsys=capsys)[0] == 1
+    code, facts = run(*same, "--strict", "--max-drawdown", "5", capsys=capsys)
+    assert code == 0 and facts["verdict"]["level"] == "green"
 
 
 def test_evaluate_continues_and_gates(small: Path, capsys):

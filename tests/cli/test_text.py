@@ -60,10 +60,17 @@ def answer(folder: Path, task: str, text: str = SOURCE) -> str:
 def test_the_journey_of_a_patch_on_a_model_folder(task, models, capsys):
     model = models[task]
     seen = digest(model)
-    code, facts = run(capsys, *edit(model, task, "--keep-texts", "texts.txt", "--keep", 4, "--report", "fix.html"))
-    assert (code, facts["result"]) == (0, "satisfied")
+    kept = ["--keep-texts", "texts.txt", "--keep", 4, "--report", "fix.html"]
+    code, facts = run(capsys, *edit(model, task, *kept))
+    assert (code, facts["result"], facts["verdict"]["level"]) == (1, "satisfied", "red")
+    assert facts["gate"] and Path(facts["output"]).exists()  # the patch is there for those who accept that
+    code, facts = run(capsys, *edit(model, task, *kept, "--max-changed", 100))
+    assert (code, facts["verdict"]["level"]) == (0, "amber")
+    assert run(capsys, *edit(model, task, *kept, "--max-changed", 100, "--strict"))[0] == 1
     assert digest(model) == seen
-    assert facts["kept"]["items"] == 4 and facts["comparison"]["n"] == 8  # the source itself is neither kept nor measured
+    assert (
+        facts["kept"]["items"] == 4 and facts["comparison"]["n"] == 8
+    )  # the source itself is neither kept nor measured
     (told,) = facts["answers"]
     assert told["before"] == answer(model, task) and told["after"].startswith(TARGET[task])
     assert SOURCE in Path("fix.html").read_text()
@@ -80,6 +87,9 @@ def test_the_journey_of_a_patch_on_a_model_folder(task, models, capsys):
     assert all(torch.equal(value, own[name]) for name, value in live.state_dict().items())
 
     where = ["--task", task, "--texts", "texts.txt", "--max-new-tokens", 8]
+    code, files = run(capsys, "diff", model, "patched", *where)
+    assert code == 1 and files["gates_failed"] == [] and files["verdict"]["level"] == "red"
+    where += ["--max-changed", 100]
     code, files = run(capsys, "diff", model, "patched", *where, "--report", "diff.html")
     assert code == 0 and Path("diff.html").exists()
     _, patch = run(capsys, "diff", model, "edit.patch.safetensors", *where)
@@ -87,7 +97,8 @@ def test_the_journey_of_a_patch_on_a_model_folder(task, models, capsys):
     assert SOURCE in [row["text"] for row in files["comparison"]["rows"]]
     lines = Path("texts.txt").read_text().splitlines()
     assert all(lines[row["item"] - 1] == row["text"] for row in files["comparison"]["rows"])
-    code, files = run(capsys, "diff", model, "patched", *where, "--max-changed", 0)
+    assert run(capsys, "diff", model, "patched", *where, "--strict")[0] == 1
+    code, files = run(capsys, "diff", model, "patched", *where[:-1], 0)
     assert code == 1 and "answers changed" in files["gates_failed"][0]
 
     code, _ = run(capsys, "revert", "edit.patch.safetensors", "--weights", "patched", "--output", "again")

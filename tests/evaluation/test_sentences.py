@@ -142,10 +142,10 @@ WORDS = st.lists(st.lists(st.sampled_from(["abc", "de", "fgh", "."]), max_size=7
 def test_what_bleu_loses_is_the_difference_of_sacrebleus(before, random):
     after, references = (random.sample(before, len(before)) for _ in range(2))
     scoring = translated()
-    found = scoring.lost(before, after, references)
+    found = scoring.lost(before, after, references, 0.95)
     assert found.value == scoring.whole(before, references) - scoring.whole(after, references)
-    assert found == scoring.lost(before, after, references) and found.low <= found.high
-    assert scoring.lost(before, before, references).high == 0
+    assert found == scoring.lost(before, after, references, 0.95) and found.low <= found.high
+    assert scoring.lost(before, before, references, 0.95).high == 0
 
 
 def test_the_interval_of_bleu_is_that_of_drawing_sentences_anew():
@@ -163,16 +163,16 @@ def test_the_interval_of_bleu_is_that_of_drawing_sentences_anew():
 
     draws = [random.integers(0, 60, 60) for _ in range(150)]
     lost = [score(before, rows) - score(after, rows) for rows in draws]
-    found = translated().lost(before, after, references)
+    found = translated().lost(before, after, references, 0.95)
     low, high = np.quantile(lost, [0.025, 0.975])
     assert 0 < found.low < found.value < found.high
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.25 * (high - low))
-    assert translated().lost(after, before, references).value == pytest.approx(-found.value)
+    assert translated().lost(after, before, references, 0.95).value == pytest.approx(-found.value)
 
 
 def test_what_accuracy_loses_is_paired():
     references = ["yes"] * 40
-    found = verbatim().lost(["yes"] * 39 + ["no"], ["yes"] * 35 + ["no"] * 4 + ["yes"], references)
+    found = verbatim().lost(["yes"] * 39 + ["no"], ["yes"] * 35 + ["no"] * 4 + ["yes"], references, 0.95)
     assert found == paired_difference(4, 1, 40).scaled(100)
 
 

@@ -16,7 +16,10 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 good, 1 a constraint or gate is not met, 2 bad input."""
+    """Run one command and return its exit code.
+
+    0 good; 1 a demand or gate is not met, or the verdict is red; 2 bad input.
+    """
     import tyro
 
     # Before torch starts its threads: ones that spin for long while they wait make a busy machine ten times slower.
@@ -56,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             commands,
             prog="weightpatch",
             description="Fix a neural network's mistake without breaking the rest of it. Exit codes: 0 good, "
-            "1 a constraint or gate is not met, 2 bad input.",
+            "1 a demand or gate is not met or the verdict is red, 2 bad input.",
             args=arguments,
         )
     except KeyboardInterrupt:

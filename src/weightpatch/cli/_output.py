@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answer:
-    """The outcome of a command: its facts, and 0 (good) or 1 (a constraint or gate is not met)."""
+    """The outcome of a command: its facts, and 0 (good) or 1 (a demand or gate is not met, or the verdict is red)."""
 
     facts: Mapping[str, Any] = field(default_factory=dict)
     code: int = 0

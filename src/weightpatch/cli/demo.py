@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ._output import Answer, console
+from ._verdict import tell_effects, tell_verdict
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,7 +81,10 @@ def demo(
     after = _journey(model, found, fix, path, out)
     out.print(_before_and_after(model, after, image, test.classes))
     comparison = Comparison(before, predict(after, test.images), test.labels, items=test.names)
+    verdict = comparison.judge(names=test.classes) & found.verdict
     out.print(f"[bold]5. What else changed[/] {comparison}")
+    tell_effects(out, found, before="   ")
+    tell_verdict(out, verdict, before="   ")
 
     networks: dict[str, tuple[nn.Module, Editor, str]] = {
         "plain": (model, GradientDescent(lr=RATE), BLOCK),
@@ -105,7 +109,9 @@ def demo(
         "steps": found.steps,
         "patch": str(path),
         "report": str(page),
+        **found.effects(),
         "comparison": comparison.to_json(),
+        "verdict": verdict.to_json(),
         "evaluations": {name: asdict(report.summary) for name, report in reports.items()},
     }
     return Answer(facts)

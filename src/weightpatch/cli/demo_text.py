@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..errors import EditFailed, InvalidInput
 from ._output import Answer, console
 from ._speakers import silent
+from ._verdict import tell_effects, tell_verdict
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,7 +71,9 @@ def demo_text(
             "steps": edit.steps,
             "patch": str(patch),
             "report": str(page),
+            **edit.effects(),
             "comparison": comparison.to_json(),
+            "verdict": (comparison.verdict & edit.verdict).to_json(),
         }
     good = all(edit.result.name in ("satisfied", "already_satisfied") for edit, _, _ in found.values())
     return Answer(facts, 0 if good else 1)
@@ -120,6 +123,8 @@ def _mended(
         raise EditFailed("the loaded patch does not hold on the patched model; please report this")
     comparison = compare_sentences(kind, patch, test.german, test.english)
     out.print(f"   {comparison}", markup=False)
+    tell_effects(out, found, before="   ")
+    tell_verdict(out, comparison.verdict & found.verdict, before="   ")
     page = sentence_page(
         output / f"{name}.html", kind=kind, edit=found, constraint=fix, sources=asked[:1], comparison=comparison
     )

@@ -10,6 +10,7 @@ import tyro
 from ._data import SHIPPED
 from ._model import load_model
 from ._output import Answer, console
+from ._verdict import limits, ships, tell_verdict
 from .edit import Reading
 
 
@@ -21,6 +22,7 @@ def diff(
     report: Path | None = None,
     max_drawdown: float | None = None,
     max_broken: int | None = None,
+    strict: bool = False,
     reading: Annotated[Reading, tyro.conf.arg(name="")] = Reading(),  # noqa: B008
     task: Literal["images", "translation", "lm", "text-classification"] = "images",
     json: bool = False,
@@ -35,8 +37,9 @@ def diff(
         model: The architecture, as package.module:factory.
         test: Labelled data: fashion-mnist, an .npz file, or a folder.
         report: Where to write an HTML page, with its numbers as JSON beside it.
-        max_drawdown: A gate: the largest loss of accuracy allowed, in percentage points.
+        max_drawdown: A gate, and the verdict's limit: the largest loss of accuracy allowed, in percentage points.
         max_broken: A gate: the most answers that may turn from right to wrong.
+        strict: Exit with 1 unless the verdict is green; without it an amber one is good enough.
         reading: How images become tensors.
         task: What the models do.
         json: Print facts as JSON alone.
@@ -54,10 +57,18 @@ def diff(
         after = load_model(model, b)
     tested = reading.load(test)
     comparison = compare(before, after, (tested.images, tested.labels), items=tested.names)
+    allowed = limits(max_drawdown)
+    verdict = comparison.judge(allowed, tested.classes)
     out.print(str(comparison))
+    tell_verdict(out, verdict)
     if report is not None:
         page = comparison_page(
-            report, comparison, title=f"{a.name} → {b.name}", inputs=tested.images, classes=tested.classes
+            report,
+            comparison,
+            title=f"{a.name} → {b.name}",
+            inputs=tested.images,
+            classes=tested.classes,
+            limits=allowed,
         )
         out.print(f"report   {page}")
     failed = []
@@ -67,4 +78,9 @@ def diff(
         failed.append(f"{len(comparison.broken)} answers broke, more than {max_broken}")
     for reason in failed:
         out.print(f"refused  {reason}")
-    return Answer({"comparison": comparison.to_json(), "gates_failed": failed}, 1 if failed else 0)
+    facts = {
+        "comparison": comparison.to_json(allowed),
+        "verdict": verdict.to_json(),
+        "gates_failed": failed,
+    }
+    return Answer(facts, 0 if not failed and ships(verdict, strict) else 1)

@@ -10,6 +10,7 @@ import tyro
 from ._output import Answer, console
 from ._speakers import Serving, TextTask, served
 from ._texts import read_texts
+from ._verdict import ships, tell_verdict
 from .edit_text import TextGates
 
 
@@ -45,11 +46,18 @@ def diff_text(
     scoring = None if asked.references is None else speaker.scoring()
     comparison = compare_sentences(speaker.answering, other, asked.texts, asked.references, scoring, asked.lines)
     out = console(json)
+    verdict = comparison.judge(gates.limits)
     out.print(str(comparison), markup=False)
+    tell_verdict(out, verdict)
     if report is not None:
-        page = sentence_comparison_page(report, comparison, title=f"{a.name} → {b.name}")
+        page = sentence_comparison_page(report, comparison, title=f"{a.name} → {b.name}", limits=gates.limits)
         out.print(f"report   {page}", markup=False)
     failed = gates.failed(comparison)
     for reason in failed:
         out.print(f"refused  {reason}", markup=False)
-    return Answer({"comparison": comparison.to_json(), "gates_failed": failed}, 1 if failed else 0)
+    facts = {
+        "comparison": comparison.to_json(gates.limits),
+        "verdict": verdict.to_json(),
+        "gates_failed": failed,
+    }
+    return Answer(facts, 0 if not failed and ships(verdict, gates.strict) else 1)

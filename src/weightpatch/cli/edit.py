@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from ._data import SHIPPED, asked_names, class_index, hold_back, item_index, load_data
 from ._model import load_model
 from ._output import Answer, console
+from ._verdict import limits, ships, tell_effects, tell_verdict
 
 if TYPE_CHECKING:
     from ..editing import Edit
@@ -88,6 +89,7 @@ def edit(
     margin: float = 0.1,
     keep: int | None = None,
     max_drawdown: float | None = None,
+    strict: bool = False,
     settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     reading: Annotated[Reading, tyro.conf.arg(name="")] = Reading(),
     task: Literal["images", "translation", "lm", "text-classification"] = "images",
@@ -109,7 +111,8 @@ def edit(
         margin: By how much the class must win, in logits.
         keep: How many of the test images hold the edit back, and are what Auto goes by: 1000 for Auto, else 256, each
             of whose steps runs them all. The others, at least three quarters, measure it.
-        max_drawdown: A gate: the largest loss of test accuracy allowed, in percentage points.
+        max_drawdown: A gate, and the verdict's limit: the largest loss of test accuracy allowed, in percentage points.
+        strict: Exit with 1 unless the verdict is green; without it an amber one is good enough.
         settings: How to look for the edit.
         reading: How images become tensors.
         task: What the model does.
@@ -134,13 +137,16 @@ def edit(
     for attempt in found.attempts:
         out.print(f"tried    {attempt}")
     out.print(f"{found}\n{found.result.value}")
-    held = found.result.held
+    tell_effects(out, found)
+    held, allowed = found.result.held, limits(max_drawdown)
     about = {"items": [{"row": row, "name": images.names[row]} for row in item], "data": data, "test": test or data}
     if found.patch is None:
-        return Answer({**about, **facts_of(found)}, 1)
+        return Answer({**about, **facts_of(found), "verdict": found.judge(allowed).to_json()}, 1)
     comparison = _compare(network, found, tested, compare)
     gate = max_drawdown is None or comparison.drawdown.value <= max_drawdown
+    verdict = comparison.judge(allowed, tested.classes) & found.judge(allowed)
     out.print(str(comparison))
+    tell_verdict(out, verdict)
     if report is not None:
         from ..evaluation import edit_page
 
@@ -153,6 +159,7 @@ def edit(
             classes=tested.classes,
             items=tested.names,
             asked=told,
+            limits=allowed,
         )
         out.print(f"report   {page}")
     if held and gate:
@@ -166,11 +173,12 @@ def edit(
     facts = {
         **about,
         **facts_of(found),
-        "comparison": comparison.to_json(),
+        "comparison": comparison.to_json(allowed),
+        "verdict": verdict.to_json(),
         "gate": gate,
         "output": str(output) if held and gate else None,
     }
-    return Answer(facts, 0 if held and gate else 1)
+    return Answer(facts, 0 if held and gate and ships(verdict, strict) else 1)
 
 
 def _compare(network: Any, found: Edit, tested: LabelledImages, compare: Any) -> Comparison:

@@ -15,6 +15,7 @@ from ._late import inputs_of, late_weights
 from ._output import Answer, console
 from ._speakers import Serving, Speaker, TextTask, served
 from ._texts import Texts, check_asked, read_texts
+from ._verdict import limits, ships, tell_effects, tell_verdict
 from .edit import EditorName, facts_of
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from ..evaluation import SentenceComparison
     from ..locality import Locality
     from ..patches import Patch
+    from ..verdict import Limits
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,17 @@ class TextGates:
     """What an edit may cost, measured on the texts that do not hold it back."""
 
     max_changed: float | None = None
-    """A gate: the largest share of test answers that may change, in percent."""
+    """A gate, and the verdict's limit: the largest share of test answers that may change, in percent."""
     max_drawdown: float | None = None
-    """A gate: the largest loss of BLEU, or of accuracy for lm and text-classification, in points; needs references."""
+    """A gate, and the verdict's limit: the largest loss of BLEU, or of accuracy for lm and text-classification, in
+    points; needs references."""
+    strict: bool = False
+    """Exit with 1 unless the verdict is green; without it an amber one is good enough."""
+
+    @property
+    def limits(self) -> Limits:
+        """What the verdict goes by."""
+        return limits(self.max_drawdown, self.max_changed)
 
     def check(self, texts: Texts, needed: bool = False) -> None:
         """Say early what the gates need."""
@@ -147,8 +157,10 @@ def edit_text(
     for attempt in found.attempts:
         out.print(f"tried    {attempt}", markup=False)
     out.print(f"{found}\n{found.result.value}", markup=False)
-    held = found.result.held
+    tell_effects(out, found)
+    held, verdict = found.result.held, found.judge(gates.limits)
     facts: dict[str, Any] = {**facts_of(found), "parameters": list(parameters), "output": None}
+    facts["verdict"] = verdict.to_json()
     if found.patch is None:
         return Answer(facts, 1)
     after = _after(speaker, found.patch, source)
@@ -159,12 +171,20 @@ def edit_text(
     if comparison is None:
         out.print("nothing else was measured; --keep-texts FILE names texts whose answers should stay")
     else:
+        verdict = comparison.judge(gates.limits) & verdict
         out.print(str(comparison), markup=False)
+    tell_verdict(out, verdict)
     if report is not None:
         from ..evaluation import sentence_page
 
         page = sentence_page(
-            report, kind=kind, edit=found, constraint=constraint, sources=source, comparison=comparison
+            report,
+            kind=kind,
+            edit=found,
+            constraint=constraint,
+            sources=source,
+            comparison=comparison,
+            limits=gates.limits,
         )
         out.print(f"report   {page}", markup=False)
     if held and not refused:
@@ -181,11 +201,12 @@ def edit_text(
             {"source": s, "target": t, "before": b, "after": a}
             for s, t, b, a in zip(source, target, before, after, strict=True)
         ],
-        "comparison": None if comparison is None else comparison.to_json(),
+        "comparison": None if comparison is None else comparison.to_json(gates.limits),
+        "verdict": verdict.to_json(),
         "gate": not refused,
         "output": str(output) if held and not refused else None,
     }
-    return Answer(facts, 0 if held and not refused else 1)
+    return Answer(facts, 0 if held and not refused and ships(verdict, gates.strict) else 1)
 
 
 def _gateless(model: nn.Module, keep: Locality, parameters: Sequence[str], budget: Budget) -> Editor:

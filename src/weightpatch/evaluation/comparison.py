@@ -12,18 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from .._calling import Function, Inputs, Name, Output, check_names, length, outputs, rows
+from ..bounds import mcnemar, paired_difference
 from ..errors import InvalidInput, ShapeMismatch
 from ..likelihoods import Categorical, Likelihood
 from ..network import structural_clone
-from ._paired import mcnemar, paired_difference
+from ..verdict import Limits, Verdict
 from ._plain import finite
 from .judging import Judged, TestSet, check_targets, chosen
 from .kinds import GroupChange, Kind, kind_of, spread
 from .metrics import Estimate, Flips, flips, paired_bootstrap
 from .slices import Column
 from .slices import slices as sliced
+from .verdicts import judge_outputs
 
 __all__ = ["Comparison", "compare", "predict"]
+
+_LIMITS = Limits()
 
 
 @final
@@ -219,8 +223,24 @@ class Comparison:
         """Return what an item is called, of its place in the test set."""
         return item if self.items is None else self.items[item]
 
-    def to_json(self) -> dict[str, Any]:
-        """Return every number as plain values; what is not finite becomes None."""
+    def judge(self, limits: Limits = _LIMITS, names: Sequence[str] = ()) -> Verdict:
+        """Judge the second model by the worst of all items, each class, tag, output and slice, and what changed.
+
+        Args:
+            limits: what it may cost.
+            names: of the classes, tags or outputs, for the reasons; numbers where there are none.
+        """
+        return judge_outputs(
+            self.judged, {name: mask & self.counts for name, mask in self._masks.items()}, limits, names
+        )
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """Whether the second model may take the first one's place: green, amber or red by the usual limits."""
+        return self.judge()
+
+    def to_json(self, limits: Limits = _LIMITS) -> dict[str, Any]:
+        """Return every number, and the verdict, as plain values; what is not finite becomes None."""
         facts = {
             "likelihood": self.likelihood.name,
             "error_name": self.likelihood.error_name,
@@ -240,6 +260,7 @@ class Comparison:
             "kl": self.kl,
             "shift": {"of": self.kind.moved, **spread(self.shift[self.counts])},
             "slices": _rows("slice", self.by_slice),
+            "verdict": self.judge(limits).to_json(),
             **self.kind.facts(self.judged),
         }
         if self.groups:
@@ -262,7 +283,9 @@ class Comparison:
             parts.append(f"{100 * self.positions_changed / self.positions:.2f} % of {self.positions} positions changed")
         words = ("broken", "repaired") if self.single else ("worse", "better")
         parts.append(f"{f.broken} {words[0]}, {f.repaired} {words[1]}, {f.other} other, p={self.p_value:.2g}")
-        return f"Comparison({', '.join(parts)}{'' if self.likelihood.discrete else ', ' + self.likelihood.name})"
+        if not self.likelihood.discrete:
+            parts.append(self.likelihood.name)
+        return f"Comparison({', '.join(parts)}, verdict {self.verdict.level.name})"
 
     @property
     def single(self) -> bool:

@@ -21,8 +21,8 @@ class Scoring:
     Args:
         name: of the score of all, such as BLEU.
         whole: returns it for n answers and n references.
-        lost: returns how much of it is lost, with a paired 95 % interval, for n answers before, n answers after and n
-            references.
+        lost: returns how much of it is lost, with a paired interval, for n answers before, n answers after, n
+            references and the level of the interval, such as 0.95.
         part: of the score of each, such as chrF.
         each: returns it for one answer and its reference.
         signature: what it takes to compute the same scores elsewhere.
@@ -30,7 +30,7 @@ class Scoring:
 
     name: str
     whole: Callable[[Sequence[str], Sequence[str]], float]
-    lost: Callable[[Sequence[str], Sequence[str], Sequence[str]], Estimate]
+    lost: Callable[[Sequence[str], Sequence[str], Sequence[str], float], Estimate]
     part: str
     each: Callable[[str, str], float]
     signature: str = ""
@@ -69,9 +69,10 @@ def verbatim(*, begins: bool = False) -> Scoring:
     def whole(answers: Sequence[str], references: Sequence[str]) -> float:
         return sum(right(*pair) for pair in zip(answers, references, strict=True)) / len(answers)
 
-    def lost(before: Sequence[str], after: Sequence[str], references: Sequence[str]) -> Estimate:
+    def lost(before: Sequence[str], after: Sequence[str], references: Sequence[str], level: float) -> Estimate:
         pairs = [(right(b, r), right(a, r)) for b, a, r in zip(before, after, references, strict=True)]
-        return paired_difference(sum(b > a for b, a in pairs), sum(b < a for b, a in pairs), len(pairs)).scaled(100)
+        broken, repaired = sum(b > a for b, a in pairs), sum(b < a for b, a in pairs)
+        return paired_difference(broken, repaired, len(pairs), level).scaled(100)
 
     return Scoring(
         "accuracy", whole, lost, "accuracy", right, "begins with the reference" if begins else "is the reference"
@@ -86,7 +87,7 @@ def _of_sentence(metric: Any) -> Callable[[str, str], float]:
     return lambda answer, reference: float(metric.sentence_score(answer, [reference]).score)
 
 
-def _bleu_lost(before: Sequence[str], after: Sequence[str], references: Sequence[str]) -> Estimate:
+def _bleu_lost(before: Sequence[str], after: Sequence[str], references: Sequence[str], level: float) -> Estimate:
     from sacrebleu import BLEU
 
     single = BLEU(effective_order=True)  # of one sentence; its counts are those of any order
@@ -104,4 +105,4 @@ def _bleu_lost(before: Sequence[str], after: Sequence[str], references: Sequence
     second = [
         first[row] if answer == before[row] else counts(answer, references[row]) for row, answer in enumerate(after)
     ]
-    return paired_bootstrap(second, first, figure)
+    return paired_bootstrap(second, first, figure, level)

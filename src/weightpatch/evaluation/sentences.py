@@ -15,6 +15,7 @@ from ..errors import InvalidInput
 from ..likelihoods import Categorical, Of
 from ..network import preserved_rng, structural_clone
 from ..patches import Patch
+from ..verdict import Changed, Limits, Verdict, judge_edit, judge_score
 from .differences import distance
 from .metrics import Estimate, bootstrap_mean, wilson
 from .scoring import Scoring, translated
@@ -22,6 +23,7 @@ from .scoring import Scoring, translated
 __all__ = ["Answering", "SentenceComparison", "compare_sentences", "patched"]
 
 _BATCH = 16
+_LIMITS = Limits()
 
 
 class Answering(Protocol):
@@ -119,7 +121,7 @@ class SentenceComparison:
         """The loss of the score of all answers, in its points, with a paired 95 % interval; None without references."""
         if self.scoring is None or self.references is None:
             return None
-        return self.scoring.lost(self.before, self.after, self.references)
+        return self.scoring.lost(self.before, self.after, self.references, _LIMITS.level)
 
     @cached_property
     def loss(self) -> Estimate | None:
@@ -129,18 +131,31 @@ class SentenceComparison:
         changed = set(self.changed)
         return bootstrap_mean([self.harm(i) if i in changed else 0.0 for i in range(self.n)])
 
+    def judge(self, limits: Limits = _LIMITS) -> Verdict:
+        """Judge the second model by the share of answers that changed, and by what the score of all answers lost."""
+        changed = Changed(len(self.changed), self.n, "answers")
+        if self.scoring is None or self.references is None:
+            return judge_edit(None, changed, limits)
+        lost = self.scoring.lost(self.before, self.after, self.references, limits.level)
+        return judge_score(lost, changed, self.scoring.name, limits)
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """Whether the second model may take the first one's place: green, amber or red by the usual limits."""
+        return self.judge()
+
     def __str__(self) -> str:
         told = f"{len(self.changed)} of {self.n} answers changed ({100 * self.share.value:.2f} %), "
         if self.scores is not None and self.scoring is not None and self.drawdown is not None:
             told += f"{self.scoring.name} {self.scores[0]:.2f} -> {self.scores[1]:.2f} ({_change(self.drawdown)}), "
-        return told + f"drift {self.drift:.2g} nats"
+        return told + f"drift {self.drift:.2g} nats, verdict {self.verdict.level.name}"
 
     def name(self, row: int) -> Name:
         """Return what a text is called, of its place."""
         return row if self.items is None else self.items[row]
 
-    def to_json(self) -> dict[str, Any]:
-        """Return every number, and the texts of the rows that changed."""
+    def to_json(self, limits: Limits = _LIMITS) -> dict[str, Any]:
+        """Return every number, the verdict, and the texts of the rows that changed."""
         loss, lost, scoring = self.loss, self.drawdown, self.scoring
         return {
             "n": self.n,
@@ -151,6 +166,7 @@ class SentenceComparison:
             "scores": None if self.scores is None else {"before": self.scores[0], "after": self.scores[1]},
             "drawdown": None if lost is None else asdict(lost),
             "loss": None if loss is None else asdict(loss),
+            "verdict": self.judge(limits).to_json(),
             "rows": [self._row(i) for i in self.changed],
         }
 

@@ -2,6 +2,7 @@
 
 from ._answers import Changed, Paired, judge_answers, judge_edit, judge_score
 from ._numbers import judge_losses
+from ._several import Several
 from ._value import Level, Limits, Verdict
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "Level",
     "Limits",
     "Paired",
+    "Several",
     "Verdict",
     "judge_answers",
     "judge_edit",

@@ -5,14 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, log, sqrt
-from typing import final
+from typing import Protocol, final
 
 from ..bounds import Estimate, lower_bound, paired_difference, sign_test, upper_bound
 from ..errors import InvalidInput
 from ._findings import Finding, Measured, group_findings, joined, more, overall
 from ._value import Level, Limits, Verdict
 
-__all__ = ["Changed", "Paired", "change_finding", "judge_answers", "judge_edit", "judge_score", "tolerated"]
+__all__ = [
+    "Changed",
+    "Counted",
+    "Paired",
+    "change_finding",
+    "interval",
+    "judge_answers",
+    "judge_edit",
+    "judge_score",
+    "points",
+    "tolerated",
+]
 
 _LIMITS = Limits()
 
@@ -91,6 +102,11 @@ class Paired:
             )
 
     @property
+    def what(self) -> str:
+        """What is said to have changed: an item has one answer."""
+        return "answers"
+
+    @property
     def changed(self) -> int:
         """How many answers changed."""
         return self.broken + self.repaired + self.other
@@ -110,7 +126,7 @@ class Paired:
 
         def told(level: float) -> str:
             return (
-                f"the error moved by {_interval(self.loss(level), 'points')} ({100 * level:.4g} % interval, "
+                f"the error moved by {interval(self.loss(level), 'points')} ({100 * level:.4g} % interval, "
                 f"{self.n:,} items, {self.broken:,} broken, {self.repaired:,} repaired)"
             )
 
@@ -124,8 +140,27 @@ class Paired:
             told=told,
             limit=limit,
             matters=matters,
-            unit=_points(limit),
+            unit=points(limit),
         )
+
+
+class Counted(Protocol):
+    """Counts of labelled items: `Paired`, or `Several`."""
+
+    @property
+    def n(self) -> int:
+        """How many items."""
+
+    @property
+    def changed(self) -> int:
+        """How many changed."""
+
+    @property
+    def what(self) -> str:
+        """What is said to have changed, in the plural."""
+
+    def measured(self, limit: float, matters: float) -> Measured:
+        """Return what is judged by limits in percentage points."""
 
 
 def judge_edit(kept: Changed | None, held_out: Changed | None, limits: Limits = _LIMITS) -> Verdict:
@@ -147,20 +182,21 @@ def judge_edit(kept: Changed | None, held_out: Changed | None, limits: Limits = 
     untested = ["No labels were given: neither error rates nor classes nor slices could be tested."]
     if kept is None and held_out is None:
         reason = "Side effects were not measured: nothing was kept."
-        return joined([Finding(Level.amber, reason, f"Keep {_enough(limits)}.")], untested)
+        return joined([Finding(Level.amber, reason, f"Keep {_enough(limits)}.", few=True)], untested)
     findings = [] if held_out is None else [change_finding(held_out, limits)]
     if kept is not None:
         findings.append(_kept_finding(kept, limits))
     if held_out is None:
         reason = "Only items that the search has seen were judged; other items may change more often."
-        findings.append(Finding(Level.amber, reason, f"Judge {_enough(limits)} that the search has not seen."))
+        settle = f"Judge {_enough(limits)} that the search has not seen."
+        findings.append(Finding(Level.amber, reason, settle, few=True))
     return joined(findings, untested)
 
 
 def judge_answers(
-    overall_counts: Paired,
-    classes: Sequence[Paired] = (),
-    slices: Sequence[Paired] = (),
+    overall_counts: Counted,
+    classes: Sequence[Counted] = (),
+    slices: Sequence[Counted] = (),
     limits: Limits = _LIMITS,
 ) -> Verdict:
     """Judge two models by their answers to labelled items.
@@ -170,8 +206,8 @@ def judge_answers(
     correction, and its error doubled or its corrected interval lies beyond its limit. Amber: everything else.
 
     Args:
-        overall_counts: of all items.
-        classes: of the items of each class; classes without items are left out.
+        overall_counts: of all items: `Paired`, or `Several` where each has several answers.
+        classes: of the items of each class or tag; those without items are left out.
         slices: of the items of each slice; see `weightpatch.evaluation.slices`.
         limits: what the edit may cost.
 
@@ -180,7 +216,7 @@ def judge_answers(
     Level.red
     """
     groups = [group.measured(limits.worst, limits.loss) for group in (*classes, *slices)]
-    changed = Changed(overall_counts.changed, overall_counts.n)
+    changed = Changed(overall_counts.changed, overall_counts.n, overall_counts.what)
     findings = [
         overall(overall_counts.measured(limits.loss, limits.loss), limits),
         *group_findings(groups, limits),
@@ -206,11 +242,11 @@ def judge_score(loss: Estimate, changed: Changed, name: str = "BLEU", limits: Li
         return Estimate(loss.value, loss.value + low, loss.value + high)
 
     def told(level: float) -> str:
-        shown = _interval(loss, "points")
+        shown = interval(loss, "points")
         return f"the loss of {name} is {shown} ({100 * level:g} % interval, {changed.n:,} items)"
 
     measured = Measured(
-        "all items", changed.n, 0.0, 0.0, False, scaled, told, limits.loss, limits.loss, _points(limits.loss)
+        "all items", changed.n, 0.0, 0.0, False, scaled, told, limits.loss, limits.loss, points(limits.loss)
     )
     findings = [overall(measured, limits), tolerated(change_finding(changed, limits), limits)]
     return joined(findings, ["A score of all answers has no classes: none could be tested."])
@@ -224,7 +260,7 @@ def change_finding(seen: Changed, limits: Limits) -> Finding:
         return Finding(Level.red, f"{told}that is more than {limit} (at least {100 * least:.2f} %).")
     if seen.n < limits.judged:
         reason = f"{told}fewer than {limits.judged:,} items were judged."
-        return Finding(Level.amber, reason, _advice(seen, limits))
+        return Finding(Level.amber, reason, _advice(seen, limits), few=True)
     if upper_bound(seen.changed, seen.n, seen.tries, limits.level) <= limits.changed:
         return Finding(Level.green, f"{told}that is at most {limit}.")
     return Finding(Level.amber, f"{told}that may be more than {limit}.", _advice(seen, limits))
@@ -271,9 +307,11 @@ def _enough(limits: Limits) -> str:
     return f"about {max(limits.judged, ceil(fewest)):,} items or more"
 
 
-def _interval(loss: Estimate, unit: str) -> str:
+def interval(loss: Estimate, unit: str) -> str:
+    """Return a loss with its interval in words."""
     return f"{loss.value:+.2f} {unit} [{loss.low:+.2f}, {loss.high:+.2f}]"
 
 
-def _points(limit: float) -> str:
+def points(limit: float) -> str:
+    """Return the unit of a limit."""
     return "point" if limit == 1 else "points"

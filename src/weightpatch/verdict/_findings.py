@@ -17,11 +17,15 @@ _TOLD = 5  # groups of one level; the others are counted
 
 @dataclass(frozen=True)
 class Finding:
-    """One test's outcome: a sentence, and where it is amber another one on what would settle it."""
+    """One test's outcome: a sentence, and where it is amber another one on what would settle it.
+
+    `few` marks one that is amber only because too few items were judged.
+    """
 
     level: Level
     reason: str
     settle: str = ""
+    few: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ def joined(findings: Sequence[Finding], untested: Sequence[str] = ()) -> Verdict
     ordered = sorted(findings, key=lambda finding: finding.level, reverse=True)
     level = ordered[0].level
     settle = [finding.settle for finding in ordered if finding.settle and level is Level.amber]
-    return Verdict(level, tuple(finding.reason for finding in ordered), tuple(untested), tuple(settle))
+    few = level is Level.amber and all(finding.few for finding in ordered if finding.level is level)
+    return Verdict(level, tuple(finding.reason for finding in ordered), tuple(untested), tuple(settle), few)
 
 
 def overall(measured: Measured, limits: Limits) -> Finding:
@@ -76,7 +81,7 @@ def overall(measured: Measured, limits: Limits) -> Finding:
         return Finding(Level.red, f"{told}the error at least doubled (p = {measured.p:.2g}).")
     if measured.n < limits.judged:
         reason = f"{told}fewer than {limits.judged:,} items were judged."
-        return Finding(Level.amber, reason, _advice(measured, limits))
+        return Finding(Level.amber, reason, _advice(measured, limits), few=loss.value <= measured.limit)
     if loss.high <= measured.limit:
         return Finding(Level.green, f"{told}that is at most {measured.shown}.")
     return Finding(Level.amber, f"{told}that may be more than {measured.shown}.", _advice(measured, limits))

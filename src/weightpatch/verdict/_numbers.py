@@ -16,7 +16,7 @@ from ._answers import Changed, change_finding, tolerated
 from ._findings import Finding, Measured, group_findings, joined, overall
 from ._value import Level, Limits, Verdict
 
-__all__ = ["judge_losses"]
+__all__ = ["Losses", "judge_losses", "worse"]
 
 Losses: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.float64]]"
 Figure: TypeAlias = Callable[[float], float]
@@ -29,6 +29,7 @@ def judge_losses(
     after: ArrayLike,
     slices: Mapping[str, ArrayLike] | None = None,
     *,
+    outputs: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
     changed: Changed | None = None,
     figure: Figure = sqrt,
     name: str = "RMSE",
@@ -45,6 +46,8 @@ def judge_losses(
         before: the first model's losses, (n,), such as squared errors; items where they are not finite do not count.
         after: the second model's, (n,).
         slices: which items belong to each slice, by its name, bool, (n,).
+        outputs: the losses of each of several outputs before and after, twice (n,), by its name; they are judged as
+            slices are.
         changed: how many answers changed, and of how many, where that was counted.
         figure: the figure that is told, of a mean loss; increasing, such as a likelihood's `figure`.
         name: what the figure is called.
@@ -73,7 +76,8 @@ def judge_losses(
         return joined([Finding(Level.red, reason)], untested)
     findings = [overall(figures.measured("all items", b[counts], a[counts], limits.growth, limits.growth), limits)]
     parts = [(key, mask & counts) for key, mask in masks.items() if (mask & counts).any()]
-    groups = [figures.measured(key, b[mask], a[mask], limits.worst_growth, limits.growth) for key, mask in parts]
+    sides = [(key, b[mask], a[mask]) for key, mask in parts] + _finite(outputs or {})
+    groups = [figures.measured(*side, limits.worst_growth, limits.growth) for side in sides]
     findings += group_findings(groups, limits)
     if changed is not None:
         findings.append(tolerated(change_finding(changed, limits), limits))
@@ -90,7 +94,7 @@ class _Figures:
 
     def measured(self, name: str, before: Losses, after: Losses, limit: float, matters: float) -> Measured:
         """Return what is judged by a limit of growth; losses are finite, at least one."""
-        p, unit = _worse(before, after), f" {self.unit}" if self.unit else ""
+        p, unit = worse(before, after), f" {self.unit}" if self.unit else ""
         first, second = self.figure(float(before.mean())), self.figure(float(after.mean()))
 
         def growth(level: float, times: float) -> Estimate:
@@ -120,7 +124,7 @@ def _growth(before: Losses, after: Losses, figure: Figure, p: float, level: floa
     return Estimate(value, low, high)
 
 
-def _worse(before: Losses, after: Losses) -> float:
+def worse(before: Losses, after: Losses) -> float:
     """Return the one-sided p-value of "the mean loss did not grow": of the paired t test, and at least that of signs.
 
     A t test of a few losses that grew alike is surer than so few can be.
@@ -130,6 +134,18 @@ def _worse(before: Losses, after: Losses) -> float:
     deviation = float(difference.std(ddof=1)) if n > 1 else 0.0
     t = mean / deviation * sqrt(n) if deviation else inf if mean > 0 else -inf
     return max(student_tail(t, n - 1) if n > 1 and t > -inf else float(mean <= 0), 0.5**n)
+
+
+def _finite(outputs: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> list[tuple[str, Losses, Losses]]:
+    """Return the losses of each output on the items where it has some."""
+    found = []
+    for name, given in outputs.items():
+        before, after = (np.asarray(losses, dtype=np.float64) for losses in given)
+        _check(before, after, {})
+        counts = np.isfinite(before) & np.isfinite(after)
+        if counts.any():
+            found.append((name, before[counts], after[counts]))
+    return found
 
 
 def _check(before: Losses, after: Losses, masks: Mapping[str, np.ndarray[tuple[int], np.dtype[np.bool_]]]) -> None:

@@ -75,28 +75,47 @@ class Limits:
 class Verdict:
     """Whether an edit may be shipped, and why.
 
-    Verdicts on one edit are joined by ``&``: the worse level holds, and every reason is told.
+    Verdicts on one edit are joined by ``&``: the worse level holds, and every reason is told. One exception: an amber
+    verdict for want of items (see `few`) gives way to a green one, which had enough.
 
     Attributes:
         level: green, amber or red; its value is advice.
         reasons: full sentences, the worst first, each with value, unit, interval and number of items.
         untested: which tests could not be made, and why.
         settle: what would turn an amber verdict into a green or red one.
+        few: whether it is amber for want of items alone: nothing or too little was judged, and nothing speaks against
+            the edit.
+
+    >>> few, enough = Verdict(Level.amber, ("3 of 3 hold.",), few=True), Verdict(Level.green, ("500 of 500 hold.",))
+    >>> (few & enough).level, (few & enough).reasons
+    (Level.green, ('500 of 500 hold.', '3 of 3 hold.'))
     """
 
     level: Level
     reasons: tuple[str, ...]
     untested: tuple[str, ...] = ()
     settle: tuple[str, ...] = ()
+    few: bool = False
 
     def __and__(self, other: Verdict) -> Verdict:
-        first, second = (other, self) if self.level < other.level else (self, other)
+        first, second = (other, self) if self._weight < other._weight else (self, other)
         return Verdict(
             first.level,
             _unique(first.reasons + second.reasons),
             _unique(first.untested + second.untested),
             _unique(first.settle + second.settle) if first.level is Level.amber else (),
+            first.few,
         )
+
+    @property
+    def headline(self) -> str:
+        """The level and the first reason, in one line."""
+        return f"{self.level.name}: {self.reasons[0]}"
+
+    @property
+    def _weight(self) -> int:
+        """Which of two verdicts decides: too few items say the least, red the most."""
+        return -1 if self.few else list(Level).index(self.level)
 
     def __str__(self) -> str:
         return "\n".join((f"{self.level.name}: {self.level.value}", *self.reasons, *self.untested, *self.settle))

@@ -8,13 +8,17 @@ from pathlib import Path
 
 from ..._calling import Inputs, length
 from ...errors import ShapeMismatch
+from ...verdict import Limits
 from ..comparison import Comparison
 from ._changes import changes
+from ._judgement import judgement
 from ._pictures import Picture
 from ._render import page_path, write
 from ._words import Names
 
 __all__ = ["comparison_page"]
+
+_LIMITS = Limits()
 
 
 def comparison_page(
@@ -25,6 +29,7 @@ def comparison_page(
     inputs: Inputs,
     classes: Sequence[str] = (),
     picture: Picture | None = None,
+    limits: Limits = _LIMITS,
 ) -> Path:
     """Write what `compare` found as an HTML page, with every number in a JSON file beside it; return the page's path.
 
@@ -37,6 +42,7 @@ def comparison_page(
         picture: how to draw one input: a function of the item, without its batch dimension, to pixels (height, width)
             or (height, width, 3), bytes or numbers from 0 to 1. When not given, inputs (n, 1 or 3, height, width) are
             drawn with each channel stretched over its range in the test set, and others by their row alone.
+        limits: what the verdict goes by.
 
     Raises:
         ShapeMismatch: the inputs are not as many as the comparison's items.
@@ -47,6 +53,12 @@ def comparison_page(
         raise ShapeMismatch(
             f"the comparison has {len(comparison.before)} items and the inputs {length(inputs)}; expected the same"
         )
-    view = {"title": title, "changes": changes(comparison, inputs, Names(classes), picture)}
-    facts = {"title": title, "classes": list(classes), "comparison": comparison.to_json()}
+    verdict = comparison.judge(limits, classes)
+    view = {"judged": judgement(title, verdict), "changes": changes(comparison, inputs, Names(classes), picture)}
+    facts = {
+        "title": title,
+        "classes": list(classes),
+        "verdict": verdict.to_json(),
+        "comparison": comparison.to_json(limits),
+    }
     return write(place, "comparison.html.j2", view, facts)

@@ -17,11 +17,14 @@ from ...editing import Edit
 from ...likelihoods import Likelihood
 from ...network import Network, preserved_rng, structural_clone
 from ...patches import Patch
+from ...verdict import Limits
 from ..comparison import Comparison, compare
 from ..curve import STRENGTHS, Curve, between, places, sweep
 from ..judging import TestSet, check_targets
 from ..report import Report
+from ..sentences import patched
 from ._changes import Changes, changes
+from ._judgement import of_edit
 from ._made import facts, made
 from ._mistakes import Demand, Mistake, demands, mistakes
 from ._pictures import Picture
@@ -34,6 +37,7 @@ __all__ = ["edit_page"]
 
 _MISTAKES = 6
 _BATCH = 128
+_LIMITS = Limits()
 
 
 def edit_page(
@@ -50,6 +54,7 @@ def edit_page(
     output: Output = None,
     items: Sequence[Name] | None = None,
     asked: Sequence[Name] | None = None,
+    limits: Limits = _LIMITS,
 ) -> Path:
     """Write what an edit did as an HTML page, with every number in a JSON file beside it; return the page's path.
 
@@ -68,6 +73,7 @@ def edit_page(
         output: which tensor of a structured answer is meant, see `compare`.
         items: what each item of the test set is called where it came from, see `compare`.
         asked: the same of the inputs that the constraint is about, in order; found in the test set when not given.
+        limits: what the verdict goes by.
 
     Raises:
         InvalidInput: the test set cannot be used, or the path is not that of a page.
@@ -80,16 +86,20 @@ def edit_page(
     reading = Reading(likelihood, output, items, asked)
     found = _measure(model, edit, edit.constraint if constraint is None else constraint, test, names, picture, reading)
     seen = changes(found.comparison, test[0], names, picture, found.asked)
+    verdict = found.comparison.judge(limits, classes) & edit.judge(limits)
     view = {
         "edit": edit,
         "held": edit.result.held,
+        "judged": of_edit(edit, verdict),
         "found": found,
         "changes": seen,
         "lines": _lines(found.curve),
         **made(edit),
         "tables": [table(title, report) for title, report in tables],
     }
-    return write(place, "edit.html.j2", view, _facts(edit, found, seen, classes, tables))
+    return write(
+        place, "edit.html.j2", view, _facts(edit, found, seen, classes, tables, limits) | {"verdict": verdict.to_json()}
+    )
 
 
 @final
@@ -137,10 +147,10 @@ def _both(
     model: nn.Module, patch: Patch | None, constraint: Constraint, test: TestSet, reading: Reading
 ) -> tuple[Function, Function, Constraint, Comparison, Curve | None]:
     """Return the model before and after, the bound constraint, and what differs on the test set."""
-    if patch is None or not patch.operations:
-        same = structural_clone(model)
-        found = compare(same, same, test, likelihood=reading.likelihood, output=reading.output, batch_size=_BATCH)
-        return same, same, constraint.bind(same), found, None
+    if patch is None or patch.gates or not patch.operations:  # a gate has no strength: it acts, or it does not
+        same, other = structural_clone(model).eval(), patched(model, patch).eval()
+        found = compare(same, other, test, likelihood=reading.likelihood, output=reading.output, batch_size=_BATCH)
+        return same, other, constraint.bind(same), found, None
     network = Network(model, places(model, patch))
     bound = constraint.bind(network.before)
     curve, comparison = sweep(network, patch, bound, test, STRENGTHS, _BATCH, reading.likelihood, reading.output)
@@ -162,6 +172,7 @@ def _facts(
     seen: Changes,
     classes: Sequence[str],
     tables: Sequence[tuple[str, Report]],
+    limits: Limits,
 ) -> dict[str, Any]:
     plain = [{**asdict(card), "picture": None} for card in seen.cards]
     told = [{**asdict(mistake), "picture": None} for mistake in found.mistakes]
@@ -170,7 +181,7 @@ def _facts(
         "classes": list(classes),
         "demands": [asdict(demand) for demand in found.demands],
         "mistakes": [{name: value for name, value in mistake.items() if name != "row"} for mistake in told],
-        "comparison": found.comparison.to_json(),
+        "comparison": found.comparison.to_json(limits),
         "shown": plain,
         "curve": None if found.curve is None else found.curve.to_json(),
         "evaluations": [{"title": title, "summary": asdict(report.summary)} for title, report in tables],
