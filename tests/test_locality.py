@@ -140,7 +140,7 @@ def test_an_item_changed_where_any_of_its_positions_did():
 
 
 def test_nobody_guesses_what_outputs_mean():
-    with pytest.raises(InvalidInput, match=r"does not know .* Categorical\(\)\) for classes"):
+    with pytest.raises(InvalidInput, match=r"does not know .*Categorical\(\)\) for classes"):
         Locality(inputs(3)).bind(lambda x: x)
     fix = Classified(inputs(1), torch.tensor([1]))
     assert Locality(inputs(3)).of(fix).likelihood == Categorical()

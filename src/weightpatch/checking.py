@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -17,7 +16,7 @@ from .locality import Locality
 from .network import Network
 from .outcome import Reality, Result, Solved
 
-__all__ = ["check", "measured"]
+__all__ = ["check", "effect", "measured"]
 
 _DRAWS = 32  # passes of a model that draws random numbers
 _ALONE = 8  # items of a batch that are asked alone, to see whether they depend on the others
@@ -37,8 +36,8 @@ def check(network: Network, solved: Solved, keep: Locality | None, max_drift: fl
         refined = solved.constraint.refined(deployed)
         reality = Reality() if refined is not None else _reality(solved.constraint, deployed)
     tries = max(1, len(solved.attempts))
-    told = [None if effect is None else effect.after(tries) for effect in (kept, _worse(held_out, solved.held_out))]
-    drift = max((effect.drift for effect in told if effect is not None), default=0.0)
+    told = [None if one is None else one.after(tries) for one in (kept, _worse(held_out, solved.held_out))]
+    drift = max((one.drift for one in told if one is not None), default=0.0)
     if not finite:
         result = Result.nonfinite
     elif refined is not None:
@@ -65,27 +64,22 @@ def check(network: Network, solved: Solved, keep: Locality | None, max_drift: fl
     )
 
 
-@torch.no_grad()
 def measured(network: Network, params: Params, keep: Locality) -> tuple[Effect, Effect | None]:
     """Return what parameters change on all that is kept, and on the part of it that no search has seen."""
+    seen, unseen = keep.split
+    found = effect(network, params, seen)
+    held_out = None if unseen is None else effect(network, params, unseen)
+    return found if held_out is None or keep.judge is not None else found + held_out, held_out
+
+
+@torch.no_grad()
+def effect(network: Network, params: Params, keep: Locality) -> Effect:
+    """Return what parameters change on all of these items."""
     moved = [name for name, start in network.rounded(network.start).items() if not torch.equal(start, params[name])]
-    at = network.narrow(moved) if moved else None
-    effects = [None if part is None else _effect(network, at, moved, params, part) for part in keep.split]
-    seen, unseen = effects
-    assert seen is not None
-    return seen if unseen is None or keep.judge is not None else seen + unseen, unseen
-
-
-def _effect(
-    network: Network,
-    at: Callable[[Params], Function] | None,
-    moved: list[str],
-    params: Params,
-    keep: Locality,
-) -> Effect:
-    if at is None:  # nothing moved from where this search began, which may be beyond what is to be kept to
+    if not moved:  # from where this search began, which may be beyond what is to be kept to
         bound = any(part.answers is not None for part in keep.parts)
         return keep.bind(network.before).effect(network.before) if bound else keep.unchanged()
+    at = network.narrow(moved)
     before, after = (at({name: some[name] for name in moved}) for some in (network.start, params))
     return keep.bind(before).effect(after)
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ._calling import call, describe, unwatched
-from ._cost import measured as costed
-from .checking import check, measured
+from ._cost import measured
+from .checking import check, effect
 from .constraints import Constraint, check_consistent
 from .editors import Auto, Editor, ladder
 from .errors import InvalidInput, NonFinite, ShapeMismatch
@@ -68,7 +68,7 @@ def edit(
     limit = _limit(max_drift, keep)
     check_finite(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with costed(device) as cost:
+    with measured(device) as cost:
         asked, unchecked = recalled(model, constraint, device) if remember else (constraint, ())
         for left in unchecked:
             warnings.warn(f"not checked: the demand {left}", stacklevel=2)
@@ -152,8 +152,8 @@ def _solve(network: Network, bound: Constraint, editor: Editor, keep: Locality |
         raise InvalidInput(f"{editor!r} returned parameters {sorted(run.params)}; expected {sorted(network.start)}")
     shipped = editor.settled(problem, run)
     judged = None
-    if shipped is not run and keep is not None:  # it has now seen what judges it
-        judged = measured(network, network.rounded(run.params), keep)[1]
+    if shipped is not run and unseen is not None:  # it has now seen what judges it
+        judged = effect(network, network.rounded(run.params), unseen)
     unsure = Solved(
         result=Result.unsatisfied,
         params=shipped.params,

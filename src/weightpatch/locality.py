@@ -174,10 +174,7 @@ class Locality:
         with torch.no_grad():
             known = _Asked(before)
             references = [known(part).detach() if part.answers is None else part.answers for part in parts]
-        each = [
-            part._counted(part.meaning.divergence(reference, asked(part)))
-            for part, reference in zip(parts, references, strict=True)
-        ]
+        each = [part._divergences(reference, asked(part)) for part, reference in zip(parts, references, strict=True)]
         return torch.stack([values.mean() for values in each]).sum() if len(each) > 1 else each[0].mean()
 
     @torch.no_grad()
@@ -190,8 +187,7 @@ class Locality:
         for part in self.parts:
             if part.answers is None:
                 raise InvalidInput("Locality does not know the answers to stay with; call keep.bind(model) first")
-            now = asked(part)
-            found.append((part, part.meaning.divergence(part.answers, now), part.meaning.changed(part.answers, now)))
+            found.append((part, *part._compared(part.answers, asked(part))))
         counts = [part._mask_of(drift) for part, drift, _ in found]
         moved = [(other & mask) for (_, _, other), mask in zip(found, counts, strict=True)]
         items = changed = 0
@@ -283,8 +279,30 @@ class Locality:
             )
         return self.mask.to(positions.device)
 
-    def _counted(self, positions: Tensor) -> Tensor:
+    def _divergences(self, before: Tensor, after: Tensor) -> Tensor:
+        """Return the divergence at each position that counts, (positions,) or (n, ...)."""
+        rows = self._row_mask(before)
+        if rows is not None:
+            return self.meaning.divergence(before[rows], after[rows])
+        positions = self.meaning.divergence(before, after)
         return positions if self.mask is None else positions[self._mask_of(positions)]
+
+    def _compared(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the divergence of each position, and where the answer is another one, (n, ...); nothing of padding."""
+        rows = self._row_mask(before)
+        if rows is None or before.shape != after.shape:
+            return self.meaning.divergence(before, after), self.meaning.changed(before, after)
+        some = before[rows], after[rows]
+        drift, changed = before.new_zeros(rows.shape), torch.zeros_like(rows)
+        drift[rows], changed[rows] = self.meaning.divergence(*some), self.meaning.changed(*some)
+        return drift, changed
+
+    def _row_mask(self, outputs: Tensor) -> Tensor | None:
+        """Return the mask where positions can be taken as rows of numbers, so that padding is not even looked at."""
+        last = getattr(self.likelihood, "dim", -1) in (None, -1)
+        if self.mask is None or not last or self.mask.shape != outputs.shape[:-1] or self.mask.ndim > 2:
+            return None
+        return self.mask.to(outputs.device)
 
 
 class _Asked:

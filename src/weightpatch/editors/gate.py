@@ -101,6 +101,8 @@ class Gate(Editor):
             if nearest <= float(drawn[place]):
                 drawn[place] = max(self.share * nearest, _tolerance(key) * float(key.norm()))
                 kept = kept and nearest > float(drawn[place])
+        if kept and torch.equal(drawn, solution.params[radii]):
+            return solution
         return replace(solution, params={**solution.params, radii: drawn}, within=solution.within and kept)
 
 
