@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import UserDict
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -117,3 +118,13 @@ def test_outputs_that_nobody_watches_are_named():
     assert unwatched(Answer(one, two, (one,)), None) == ["value"]
     assert unwatched({"logits": one, "loss": two, "encoder_last_hidden_state": two}, None) == []
     assert unwatched(one, None) == []
+
+
+def test_outputs_in_outputs_are_named_and_what_a_function_reads_is_watched():
+    one, two = torch.ones(2, 3), torch.zeros(2)
+    assert unwatched({"logits": one, "aux": {"boxes": two, "loss": two}}, None) == ["aux.boxes"]
+    assert unwatched(SimpleNamespace(logits=one, boxes=two), None) == ["boxes"]
+    assert unwatched((one, (two, two)), None) == []  # states, as of a recurrent network
+    assert unwatched({"logits": one, "vision_model_output": {"pooler_output": two}}, None) == []
+    assert unwatched({"z": one, "v": two}, lambda answer: answer["z"][:, :2]) == ["v"]
+    assert unwatched({"z": one, "logits": one[:, :2]}, None) == ["z"]

@@ -187,3 +187,11 @@ def test_one_of_a_users_own_takes_a_few_lines():
     assert plain(Ordinal()) is None
     with pytest.raises(InvalidInput, match="write its `sample"):
         Ordinal().sample(a, torch.Generator())
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_peaked_probabilities_of_half_precision_are_probabilities(half: torch.dtype):
+    peaked = (20 * draws(0, 200, 5)).float().softmax(-1).to(half).float()
+    assert float((peaked.sum(-1) - 1).abs().max()) > 1e-4
+    assert float(peaked.min()) < 1e-7
+    assert Categorical().fitted(peaked).of is Of.probabilities

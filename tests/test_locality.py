@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,7 +10,7 @@ from torch.nn import functional as F
 
 from weightpatch import Locality
 from weightpatch.constraints import Classified, Within
-from weightpatch.errors import InvalidInput, ShapeMismatch
+from weightpatch.errors import InvalidInput, NonFinite, ShapeMismatch
 from weightpatch.likelihoods import Bernoulli, Categorical, Gaussian, Of
 
 CLASSES = Categorical()
@@ -169,3 +171,71 @@ def test_what_is_asked_cannot_be_kept():
     assert torch.equal(left.inputs, torch.cat([x[:3], x[5:]]))
     assert keep.without(Classified(inputs(1, 7), torch.tensor([0]))) is keep
     assert Locality(x[:1], likelihood=CLASSES).without(Classified(x[:2], torch.tensor([0, 1]))) is None
+
+
+def test_items_that_count_are_on_either_side_and_in_what_is_taken():
+    x, mask = inputs(100), torch.zeros(100, 4, dtype=torch.bool)
+    mask[[70, 80, 90]] = True
+    keep = Locality(x, mask, likelihood=CLASSES)
+    seen, judged = keep.split
+    counted = [int(half.mask.any(1).sum()) for half in (seen, judged)]
+    assert min(counted) >= 1
+    assert sum(counted) == 3
+    assert torch.equal(keep.take(2).inputs, x[[70, 80]])
+    asked = Classified(x[[70, 80, 90]], torch.tensor([0, 0, 0]))
+    assert keep.without(asked) is None
+    only = torch.zeros(100, dtype=torch.bool)
+    only[3] = True
+    assert Locality(x, only, likelihood=CLASSES).split[1] is None
+    both = keep & Locality(x, only, output="b", likelihood=CLASSES)
+    assert all(bool(part.mask.any()) for half in both.split for part in half.parts)
+    assert both.without(asked).parts[0].output == "b"
+
+
+def test_those_that_judge_are_not_asked_either():
+    x = inputs(30)
+    keep = Locality(x[:10], judge=Locality(x[10:], likelihood=CLASSES), likelihood=CLASSES)
+    left = keep.without(Classified(x[12:13].clone(), torch.tensor([0])))
+    assert torch.equal(left.judge.inputs, torch.cat([x[10:12], x[13:]]))
+    assert torch.equal(left.inputs, x[:10])
+    assert Locality(x[:10], judge=Locality(x[12:13])).without(Classified(x[12:13], torch.tensor([0]))).judge is None
+
+
+def test_a_batch_of_one_item_takes_the_halves_of_no_other():
+    single = Locality(inputs(40), likelihood=CLASSES) & Locality(inputs(1, 1), likelihood=CLASSES)
+    seen, judged = single.split
+    assert len(seen.parts) == 2
+    assert [len(judged.parts), seen.items + judged.items] == [1, 41]
+
+
+def test_joined_localities_are_judged_on_what_any_of_them_names():
+    x = inputs(40)
+    first, second = (Locality(x[a:b], judge=Locality(x[b : b + 5])) for a, b in ((0, 10), (15, 30)))
+    assert (Locality(x[:5]) & second).judge is second.judge
+    both = first & second
+    assert both.judge.items == 10
+    assert all(part.judge is None for part in both.parts[1:])
+
+
+def test_groups_may_have_names():
+    x, names = inputs(60), [f"document {row % 7}" for row in range(60)]
+    one, two = (Locality(x, groups=groups, likelihood=CLASSES) for groups in (names, torch.arange(60) % 7))
+    assert torch.equal(one.split[1].inputs, two.split[1].inputs)
+
+
+def test_the_output_is_that_of_the_demands_also_where_a_likelihood_is_given():
+    fix = Classified(inputs(1), torch.tensor([1]), output=1)
+    assert Locality(inputs(3), likelihood=CLASSES).of(fix).output == 1
+    assert Locality(inputs(3), likelihood=CLASSES, output=0).of(fix).output == 0
+
+
+def test_infinite_drifts_count_as_changed_and_answers_without_a_drift_are_refused():
+    x, z = inputs(4), logits(0, 4, 3)
+    keep = Locality(x, likelihood=Categorical(of=Of.logits)).bind(lambda x: z)
+    gone = z.clone()
+    gone[1, z[1].argmin()] = -torch.inf  # the answer is the same, and a class impossible that was not
+    assert (keep.effect(lambda x: gone).changed, keep.effect(lambda x: gone).drift) == (1, math.inf)
+    keep.check_finite(lambda x: gone)
+    gone[2, 0] = torch.nan
+    with pytest.raises(NonFinite, match="answers 1 of 4 kept items with NaN or infinity, the first of them in rows 2"):
+        keep.check_finite(lambda x: gone)

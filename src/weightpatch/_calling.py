@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,7 +23,9 @@ Output: TypeAlias = "str | int | Callable[[Any], Tensor] | None"
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
 # What models of transformers return beside their answer, and what nobody reads as one
-_INTERNAL = re.compile(r"loss|.*(hidden_states?|attentions|past_key_values|mems|router_logits|image_embeds)|.*_loss")
+_INTERNAL = re.compile(
+    r"loss|.*(hidden_states?|attentions|_model_output|past_key_values|mems|router_logits|image_embeds)|.*_loss"
+)
 
 
 def call(function: Function, inputs: Inputs) -> Any:
@@ -71,12 +74,13 @@ def read(answer: Any, output: Output = None) -> Any:
 
 def unwatched(answer: Any, *watched: Output) -> list[str]:
     """Name the floating outputs of an answer that none of these selections reads."""
-    seen = {id(read(answer, output)) for output in watched}
-    return [
-        name
-        for name, part in _parts(answer)
-        if isinstance(part, Tensor) and part.is_floating_point() and id(part) not in seen
-    ]
+    seen = set[int]()
+    for output in watched:
+        found = read(answer, output)
+        seen |= {id(found)}
+        if callable(output) and isinstance(found, Tensor):  # some of a part, or the part in another shape
+            seen |= {id(found._base)}
+    return [name for name, part in _named(answer) if part.is_floating_point() and id(part) not in seen]
 
 
 def leaves(inputs: Any) -> Iterator[Tensor]:
@@ -154,6 +158,15 @@ def _found(answer: Any, output: Output) -> Any:
         ) from error
 
 
+def _named(answer: Any, before: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors among the parts of an answer, and of what has names in them."""
+    for name, part in _parts(answer):
+        if isinstance(part, Tensor):
+            yield before + name, part
+        elif not isinstance(part, (tuple, list)) or hasattr(part, "_fields"):  # what has none is states, mostly
+            yield from _named(part, f"{before}{name}.")
+
+
 def _parts(answer: Any) -> list[tuple[str, Any]]:
     """Return the named parts of an answer that somebody may read."""
     if isinstance(answer, Mapping):
@@ -162,6 +175,8 @@ def _parts(answer: Any) -> list[tuple[str, Any]]:
         named = [(field.name, getattr(answer, field.name)) for field in fields(answer)]
     elif isinstance(answer, tuple) and hasattr(answer, "_fields"):
         named = list(zip(answer._fields, answer, strict=True))
+    elif isinstance(answer, SimpleNamespace):
+        named = list(vars(answer).items())
     elif isinstance(answer, (tuple, list)):
         named = [(str(place), part) for place, part in enumerate(answer)]
     else:

@@ -13,7 +13,7 @@ from .constraints import Constraint
 from .effects import Effect
 from .errors import InvalidInput
 from .locality import Locality
-from .network import Network
+from .network import Network, Noise
 from .outcome import Reality, Result, Solved
 
 __all__ = ["check", "effect", "measured"]
@@ -21,6 +21,7 @@ __all__ = ["check", "effect", "measured"]
 _DRAWS = 32  # passes of a model that draws random numbers
 _ALONE = 8  # items of a batch that are asked alone, to see whether they depend on the others
 _ROUNDING = 64  # units in the last place that a batch of another size may be off by
+_HALVES = 2  # the same in bfloat16, whose products are summed in float32
 
 
 def check(network: Network, solved: Solved, keep: Locality | None, max_drift: float = math.inf) -> Solved:
@@ -34,7 +35,7 @@ def check(network: Network, solved: Solved, keep: Locality | None, max_drift: fl
     if finite and after <= 0:
         deployed = network.deployed(params)
         refined = solved.constraint.refined(deployed)
-        reality = Reality() if refined is not None else _reality(solved.constraint, deployed)
+        reality = Reality() if refined is not None else _reality(solved.constraint, deployed, network.device)
     tries = max(1, len(solved.attempts))
     told = [None if one is None else one.after(tries) for one in (kept, _worse(held_out, solved.held_out))]
     drift = max((one.drift for one in told if one is not None), default=0.0)
@@ -69,7 +70,11 @@ def measured(network: Network, params: Params, keep: Locality) -> tuple[Effect, 
     seen, unseen = keep.split
     found = effect(network, params, seen)
     held_out = None if unseen is None else effect(network, params, unseen)
-    return found if held_out is None or keep.judge is not None else found + held_out, held_out
+    if held_out is None or keep.judge is not None:
+        return found, held_out
+    if len(keep.parts) > 1:  # each has a mean of its own, over positions of its own
+        return effect(network, params, keep), held_out
+    return found + held_out, held_out
 
 
 @torch.no_grad()
@@ -91,35 +96,38 @@ def _worse(new: Effect | None, old: Effect | None) -> Effect | None:
     return old if (old.changed, old.drift) > (new.changed, new.drift) else new
 
 
-def _reality(constraint: Constraint, function: Function) -> Reality:
+def _reality(constraint: Constraint, function: Function, device: torch.device) -> Reality:
     """Ask again: several times where the model draws random numbers, and item by item where these depend on others."""
     with torch.no_grad():
-        first, second = constraint.violation(function), constraint.violation(function)
-        if _differ(first, second):
-            held = sum(constraint.satisfied(function) for _ in range(_DRAWS))
-            return Reality(draws=_DRAWS, held=held)
+        noise, draws, held = Noise.now(device), 1, 1
+        differ = _differ(constraint.violation(function), constraint.violation(function))
+        if differ or not noise.same(Noise.now(device)):  # what is drawn may seldom matter
+            draws, held = _DRAWS, sum(constraint.satisfied(function) for _ in range(_DRAWS))
+        if differ:
+            return Reality(draws, held)
         apart = [one for part in constraint.conjuncts for one in _apart(part, function)]
         alone = sum(one.satisfied(function) for one in apart)
-    return Reality(apart=len(apart), alone=alone)
+    return Reality(draws, held, len(apart), alone)
 
 
 def _apart(part: Constraint, function: Function) -> list[Constraint]:
     """Return what is asked of each item alone, where items of the batch depend on each other beyond rounding."""
-    if len(part.batches) != 1 or (n := length(part.batches[0])) < 2 or part.alone(0) is None:
+    if len(part.batches) != 1 or (n := length(part.batches[0])) < 2:
+        return []
+    alone = [(place, one) for place in range(n) if (one := part.alone(place)) is not None]
+    if not alone:
         return []
     whole = outputs(function, part.batches[0], part.output)
     if len(whole) != n:
         raise InvalidInput(
             f"the model returned {tuple(whole.shape)} for {n} items of {part.kind}; expected one row an item"
         )
-    places = sorted({round(step * (n - 1) / (_ALONE - 1)) for step in range(_ALONE)})
-    some = [(place, part.alone(place)) for place in places]
+    some = sorted({round(step * (len(alone) - 1) / (_ALONE - 1)) for step in range(_ALONE)})
     depend = any(
         _differ(outputs(function, one.batches[0], part.output), whole[place : place + 1])
-        for place, one in some
-        if one is not None
+        for place, one in (alone[index] for index in some)
     )
-    return [one for place in range(n) if (one := part.alone(place)) is not None] if depend else []
+    return [one for _, one in alone] if depend else []
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:
@@ -127,9 +135,9 @@ def _differ(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape:
         return True
     halves = torch.equal(one.bfloat16().to(one.dtype), one) or torch.equal(one.half().to(one.dtype), one)
-    eps = torch.finfo(torch.bfloat16 if halves else one.dtype).eps
+    near = _HALVES * torch.finfo(torch.bfloat16).eps if halves else _ROUNDING * torch.finfo(one.dtype).eps
     scale = torch.maximum(one.abs().max(), other.abs().max()).clamp_min(1.0)
-    return not bool(((one - other).abs() <= _ROUNDING * eps * scale).all())
+    return not bool(((one - other).abs() <= near * scale).all())
 
 
 def _same(one: Params, other: Params) -> bool:

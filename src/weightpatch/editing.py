@@ -85,6 +85,11 @@ def edit(
             "settings": {"parameters": parameters if isinstance(parameters, str) else ", ".join(parameters)},
             "constraint": solved.constraint.kind if asked is constraint else constraint.kind,
         }
+        if keep is not None:
+            if any(effect is not None and math.isnan(effect.drift) for effect in (solved.kept, solved.held_out)):
+                with network.isolated():
+                    keep.check_finite(network.before)
+            keep = keep.without(solved.constraint)  # as it was solved
         patch, solved = patched(model, network, solved, keep, limit, made)
         if patch is not None and remember:
             with network.isolated():

@@ -535,6 +535,11 @@ def aligned(targets: Tensor, outputs: Tensor, dim: int | None) -> Tensor:
     return _events(targets.reshape(outputs.shape), dim) if same else targets
 
 
+def as_outputs(laid: Tensor, outputs: Tensor, dim: int | None) -> Tensor:
+    """Return what is laid out with a position's numbers last, (n, ..., k), in the shape of the outputs."""
+    return laid.reshape(outputs.shape) if outputs.ndim <= 1 else laid.movedim(-1, _dimension(outputs, dim))
+
+
 def _laid(likelihood: Likelihood, outputs: Tensor, dim: int) -> Tensor:
     if outputs.ndim < 2 or not -outputs.ndim <= dim < outputs.ndim or outputs.shape[dim] < 2:
         raise ShapeMismatch(
@@ -548,7 +553,7 @@ def _sums_to_one(laid: Tensor) -> bool:
     laid = laid.detach()
     if not laid.numel() or not bool((laid >= 0).all()):
         return False
-    halved = laid.dtype in (torch.float16, torch.bfloat16) or torch.equal(laid.half().to(laid.dtype), laid)
+    halved = any(torch.equal(laid.to(half).to(laid.dtype), laid) for half in (torch.float16, torch.bfloat16))
     return bool(((laid.double().sum(-1) - 1).abs() <= (_HALVES if halved else _SUMS)).all())
 
 

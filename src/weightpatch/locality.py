@@ -11,15 +11,16 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ._calling import Function, Inputs, Output, call, check_batch, leaves, rows, selected
+from ._calling import Function, Inputs, Name, Output, call, check_batch, leaves, rows, selected
 from .constraints import Constraint
 from .effects import Effect
-from .errors import InvalidInput, ShapeMismatch
+from .errors import InvalidInput, NonFinite, ShapeMismatch
 from .likelihoods import Likelihood
 
 __all__ = ["Locality"]
 
 _JUDGED = 0.5  # the share of the kept items that no part of the search sees
+_BYTES = 6  # of a digest, which decide
 _SEEN = 512  # items whose answers say what outputs are
 
 
@@ -44,7 +45,7 @@ class Locality:
             not given.
         output: which tensor of a structured answer is kept: key, attribute, place or function; that of the constraint
             when not given.
-        groups: (n,) numbers: items of one group, as sentences of one document, are in the same half.
+        groups: (n,) numbers or names: items of one group, as sentences of one document, are in the same half.
         judge: items to judge on, in place of half of these.
         others: what is kept beside, as `&` joins it.
 
@@ -58,7 +59,7 @@ class Locality:
     answers: Tensor | None = None
     likelihood: Likelihood | None = None
     output: Output = None
-    groups: Tensor | Sequence[int] | None = None
+    groups: Tensor | Sequence[Name] | None = None
     judge: Locality | None = None
     others: tuple[Locality, ...] = ()
 
@@ -70,9 +71,15 @@ class Locality:
             )
         if self.groups is not None and len(self.groups) != n:
             raise ShapeMismatch(f"Locality was given {n} inputs and {len(self.groups)} groups; expected one an input")
+        if self.groups is not None and not isinstance(self.groups, Tensor):
+            places = {name: place for place, name in enumerate(dict.fromkeys(self.groups))}
+            numbers = torch.tensor([places[name] for name in self.groups], device="cpu")
+            object.__setattr__(self, "groups", numbers)
 
     def __and__(self, other: Locality) -> Locality:
-        return replace(self, others=(*self.others, *other.parts))
+        judges = [judge for judge in (self.judge, other.judge) if judge is not None]
+        judge = judges[0] & judges[1] if len(judges) > 1 else next(iter(judges), None)
+        return replace(self, others=(*self.others, *(replace(part, judge=None) for part in other.parts)), judge=judge)
 
     @cached_property
     def parts(self) -> tuple[Locality, ...]:
@@ -96,21 +103,21 @@ class Locality:
             InvalidInput: the parts of the constraint do not agree, or do not say.
         """
         found = {(repr(part.likelihood), str(part.output)): part for part in constraint.conjuncts}
+        first, one = next(iter(found.values())), len({key[1] for key in found}) == 1
         made = []
-        if all(part.likelihood is not None for part in (*self.parts, *(self.judge.parts if self.judge else ()))):
-            return self
         for part in self.parts:
             if part.likelihood is None:
-                if len({type(one.likelihood) for one in found.values()}) > 1 or len({key[1] for key in found}) > 1:
-                    kinds = ", ".join(sorted({f"{one.kind} ({one.likelihood!r:.40})" for one in found.values()}))
+                if len({type(asked.likelihood) for asked in found.values()}) > 1 or not one:
+                    kinds = ", ".join(sorted({f"{part.kind} ({part.likelihood!r:.40})" for part in found.values()}))
                     raise InvalidInput(
                         f"the demands are about outputs of different kinds: {kinds}; say what is kept: "
                         "wp.Locality(inputs, likelihood=..., output=...), several of them joined by &"
                     )
-                first = next(iter(found.values()))
-                output = first.output if part.output is None else part.output
-                part = replace(part, likelihood=first.likelihood, output=output)
-            made.append(part)
+                part = replace(part, likelihood=first.likelihood)
+            missing = part.output is None and one and first.output is not None
+            made.append(replace(part, output=first.output) if missing else part)
+        if self.judge is None and all(new is old for new, old in zip(made, self.parts, strict=True)):
+            return self
         judge = None if self.judge is None else self.judge.of(constraint)
         return replace(made[0], others=tuple(made[1:]), judge=judge)
 
@@ -202,6 +209,21 @@ class Locality:
             items, changed, positions, sum(int(other.sum()) for other in moved), sum(drifts), ", ".join(names)
         )
 
+    @torch.no_grad()
+    def check_finite(self, function: Function) -> None:
+        """Refuse items that `function` answers with NaN, or infinity where that is no probability of 0."""
+        asked = _Asked(function)
+        for part in (*self.parts, *(self.judge.parts if self.judge else ())):
+            answers = asked(part)
+            lost = ~part.meaning.divergence(answers, answers).isfinite()
+            items = _whole(lost & part._mask_of(lost)).nonzero().squeeze(1).tolist()
+            if items:
+                raise NonFinite(
+                    f"the unedited model answers {len(items)} of {len(answers)} kept items with NaN or infinity, the "
+                    f"first of them in rows {str(items[:8])[1:-1]}; how far such answers move cannot be told: keep "
+                    "other items, or leave these positions out with mask="
+                )
+
     def unchanged(self) -> Effect:
         """Return the effect of an edit that changes nothing."""
         counts = [part.items if part.mask is None else int(part.mask.sum()) for part in self.parts]
@@ -210,8 +232,8 @@ class Locality:
         return Effect(sum(items), 0, sum(counts), 0, 0.0, ", ".join(names))
 
     def take(self, count: int) -> Locality:
-        """Return the first items of every part, without those that judge."""
-        return replace(_joined(self.parts, lambda part: slice(count)), judge=None)
+        """Return the first items that count of every part, without those that judge."""
+        return _joined(self.parts, lambda part: self._counts(part).nonzero().squeeze(1)[:count]) or self
 
     @cached_property
     def split(self) -> tuple[Locality, Locality | None]:
@@ -221,30 +243,40 @@ class Locality:
         """
         if self.judge is not None:
             return replace(self, judge=None), self.judge
-        halves = {id(part.inputs): part._halves for part in _apart(self.parts)}
-        if any(half is None for half in halves.values()):
+        judged = {id(part.inputs): part._judged(self._counts(part)) for part in _apart(self.parts)}
+        unseen = _joined(self.parts, lambda part: judged[id(part.inputs)].nonzero().squeeze(1))
+        if unseen is None:
             return self, None
-        seen, unseen = (
-            _joined(self.parts, lambda part, side=side: halves[id(part.inputs)][side])  # type: ignore[misc, index]
-            for side in (0, 1)
-        )
+        seen = _joined(self.parts, lambda part: (~judged[id(part.inputs)]).nonzero().squeeze(1))
+        assert seen is not None
         return seen, unseen
 
     def without(self, constraint: Constraint) -> Locality | None:
-        """Return what is left without the items that the constraint asks about; None where nothing is left."""
-        asked = {key for batch in constraint.batches for key in digests(batch)}
-        stays = {id(part.inputs): [key not in asked for key in part._digests] for part in _apart(self.parts)}
-        if all(map(all, stays.values())):
-            return self
-        left = [part for part in self.parts if any(stays[id(part.inputs)])]
-        index = {key: torch.tensor(rows, device="cpu").nonzero().squeeze(1) for key, rows in stays.items()}
-        return replace(_joined(left, lambda part: index[id(part.inputs)]), judge=self.judge) if left else None
+        """Return what is left without the items that the constraint asks about; None where nothing is left.
 
-    def _taken(self, index: slice | Tensor, inputs: Inputs) -> Locality:
-        mask, answers = (
-            part if part is None else part[index if isinstance(index, slice) else index.to(part.device)]
-            for part in (self.mask, self.answers)
-        )
+        Those that judge lose them too.
+        """
+        asked = {key for batch in constraint.batches for key in digests(batch)}
+        stays = {
+            id(part.inputs): torch.tensor([key not in asked for key in part._digests], device="cpu")
+            for part in _apart(self.parts)
+        }
+        judge = None if self.judge is None else self.judge.without(constraint)
+        if judge is self.judge and all(bool(which.all()) for which in stays.values()):
+            return self
+        left = _joined(self.parts, lambda part: stays[id(part.inputs)].nonzero().squeeze(1))
+        return None if left is None else replace(left, judge=judge)
+
+    def _counts(self, part: Locality) -> Tensor:
+        """Return which items of a part's batch count, in any of the parts that share it, (n,)."""
+        masks = [other.mask for other in self.parts if other.inputs is part.inputs]
+        counted = [_whole(mask).cpu() for mask in masks if mask is not None]
+        if len(counted) < len(masks):
+            return torch.ones(check_batch(part.inputs, "Locality"), dtype=torch.bool, device="cpu")
+        return torch.stack(counted).any(0)
+
+    def _taken(self, index: Tensor, inputs: Inputs) -> Locality:
+        mask, answers = (part if part is None else part[index.to(part.device)] for part in (self.mask, self.answers))
         groups = None if self.groups is None else torch.as_tensor(self.groups, device="cpu")[index]
         return replace(self, inputs=inputs, mask=mask, answers=answers, groups=groups, judge=None, others=())
 
@@ -252,9 +284,8 @@ class Locality:
     def _digests(self) -> list[bytes]:
         return digests(self.inputs)
 
-    @cached_property
-    def _halves(self) -> tuple[Tensor, Tensor] | None:
-        """Which items a search sees, and which judge it; None where they cannot be told apart."""
+    def _judged(self, counts: Tensor) -> Tensor:
+        """Return which items judge a search, (n,): none where those that count cannot be told apart."""
         keys = self._digests
         if self.groups is not None:
             names = torch.as_tensor(self.groups, device="cpu").tolist()
@@ -262,12 +293,10 @@ class Locality:
             for name, key in zip(names, keys, strict=True):
                 least[name] = min(key, least.get(name, key))
             keys = [least[name] for name in names]
-        shares = [int.from_bytes(key[:6], "little") / 2**48 for key in keys]
-        if len(set(shares)) < 2:
-            return None
-        low, high = min(shares), max(shares)  # at least one on either side
-        judged = torch.tensor([share == low or (share < _JUDGED and share != high) for share in shares], device="cpu")
-        return (~judged).nonzero().squeeze(1), judged.nonzero().squeeze(1)
+        shares = torch.tensor([int.from_bytes(key[:_BYTES], "little") for key in keys], device="cpu")
+        low, high = shares[counts].aminmax()  # at least one that counts on either side
+        judged: Tensor = (low < high) & ((shares == low) | ((shares < _JUDGED * 256**_BYTES) & (shares != high)))
+        return judged
 
     def _mask_of(self, positions: Tensor) -> Tensor:
         """Return which positions count, of the positions' shape."""
@@ -291,11 +320,12 @@ class Locality:
         """Return the divergence of each position, and where the answer is another one, (n, ...); nothing of padding."""
         rows = self._row_mask(before)
         if rows is None or before.shape != after.shape:
-            return self.meaning.divergence(before, after), self.meaning.changed(before, after)
+            drift = self.meaning.divergence(before, after)
+            return drift, self.meaning.changed(before, after) | ~drift.isfinite()
         some = before[rows], after[rows]
         drift, changed = before.new_zeros(rows.shape), torch.zeros_like(rows)
         drift[rows], changed[rows] = self.meaning.divergence(*some), self.meaning.changed(*some)
-        return drift, changed
+        return drift, changed | ~drift.isfinite()
 
     def _row_mask(self, outputs: Tensor) -> Tensor | None:
         """Return the mask where positions can be taken as rows of numbers, so that padding is not even looked at."""
@@ -328,11 +358,20 @@ def digests(inputs: Inputs) -> list[bytes]:
     return [hashlib.sha256(b"".join(part[row].tobytes() for part in own)).digest() for row in range(n)]
 
 
-def _joined(parts: Sequence[Locality], index: Callable[[Locality], slice | Tensor]) -> Locality:
-    """Return some items of all parts; those that share a batch share it still."""
-    taken = {id(part.inputs): _rows(part.inputs, index(part)) for part in _apart(parts)}
-    made = [part._taken(index(part), taken[id(part.inputs)]) for part in parts]
-    return replace(made[0], others=tuple(made[1:]))
+def _joined(parts: Sequence[Locality], index: Callable[[Locality], Tensor]) -> Locality | None:
+    """Return some items of all parts; those that share a batch share it still.
+
+    Parts of which nothing is left that counts are left out; None where that is all of them.
+    """
+    taken: dict[int, Inputs] = {}
+    made = []
+    for part in parts:
+        which = index(part)
+        if len(which) and (part.mask is None or bool(part.mask[which.to(part.mask.device)].any())):
+            if id(part.inputs) not in taken:
+                taken[id(part.inputs)] = _rows(part.inputs, which)
+            made.append(part._taken(which, taken[id(part.inputs)]))
+    return replace(made[0], others=tuple(made[1:])) if made else None
 
 
 def _spread(part: Locality) -> Locality:
@@ -356,9 +395,7 @@ def _whole(positions: Tensor) -> Tensor:
     return positions.reshape(len(positions), -1).any(1)
 
 
-def _rows(inputs: Inputs, index: slice | Tensor) -> Inputs:
-    if isinstance(index, Tensor):
-        device = next((leaf.device for leaf in leaves(inputs)), index.device)
-        index = index.to(device)
-    found: Inputs = rows(inputs, index)
+def _rows(inputs: Inputs, index: Tensor) -> Inputs:
+    device = next((leaf.device for leaf in leaves(inputs)), index.device)
+    found: Inputs = rows(inputs, index.to(device))
     return found

@@ -59,7 +59,7 @@ class Reality:
     """Whether demands that hold in one pass hold in all.
 
     Attributes:
-        draws: how many passes were made; 1 where the model answers the same twice.
+        draws: how many passes were made; 1 where the model draws no random numbers.
         held: in how many of them every demand held.
         apart: how many items were asked alone, where those of a batch depend on each other; 0 where they do not.
         alone: how many of these held.

@@ -593,3 +593,30 @@ def test_callers_without_gradients(caller: Callable[[], Any]):
         assert not network.full_passes_because
         x.zero_()
         assert torch.equal(network.before(x), network.full(network.start)(x))
+
+
+class Box:
+    def __init__(self, **parts: Tensor) -> None:
+        vars(self).update(parts)
+
+
+class Boxed(nn.Module):
+    """Answers with an object that torch cannot look into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk, self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Box:
+        h = torch.relu(self.trunk(x))
+        return Box(a=self.a(h), b=self.b(h))
+
+
+def test_outputs_that_an_edit_cannot_change_are_replayed_in_objects_too():
+    model, x = Boxed().eval(), torch.randn(5, 8)
+    network = Network(model)
+    at, params = network.narrow(["b.weight"]), {"b.weight": network.start["b.weight"] + 1}
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(at(params)(x).a, model(x).a)

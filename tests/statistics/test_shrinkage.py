@@ -162,3 +162,11 @@ def test_halves_that_do_not_fit_are_refused(tmp_path: Path):
         save_file({**tensors, "weight.half": half.contiguous()}, bad, facts)
         with pytest.raises(InvalidInput, match="cannot be read"):
             Moments.load(bad)
+
+
+def test_positions_that_are_all_in_one_half_tell_nothing_whichever_half_it_is():
+    model, x = nn.Sequential(nn.Linear(WIDTH, 3)).double(), drawn(8)
+    for row in range(8):
+        mask = torch.arange(8) == row
+        moments = second_moments(model, Locality(x, mask=mask), parameters="*weight")
+        assert shrinkage.estimated(moments.layers["0.weight"]) == shrinkage.UNKNOWN

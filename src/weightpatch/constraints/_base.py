@@ -103,7 +103,7 @@ class Constraint(ABC):
         return () if inputs is None else (inputs,)
 
     def alone(self, item: int) -> Constraint | None:
-        """Return what is asked of one item of the batch alone; None where items cannot be taken apart."""
+        """Return what is asked of one item of the batch alone; None where that is nothing, or cannot be told."""
         return None
 
     def altered(self, make: Callable[[Any], Any]) -> Constraint:

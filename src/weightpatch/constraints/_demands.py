@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._calling import Function, Inputs, Output, check_batch, check_finite_tensor, leaves, outputs, rows
 from ..errors import InvalidInput, ShapeMismatch
-from ..likelihoods import IGNORED, Bernoulli, Categorical, Gaussian, Likelihood
+from ..likelihoods import IGNORED, Bernoulli, Categorical, Gaussian, Likelihood, aligned, as_outputs
 from ..records import Record
 from ._base import Ask, Constraint, Piece, copies
 from ._recording import meaning, meant, packed, unpacked
@@ -65,7 +65,10 @@ class Classified(Constraint):
 
     def bind(self, function: Function) -> Classified:
         """Fix what the outputs are, where that was left to be read off them."""
-        return replace(self, likelihood=_fitted(self, function))
+        if self.likelihood.of is not None:
+            return self
+        with torch.no_grad():
+            return replace(self, likelihood=self.likelihood.fitted(outputs(function, self.inputs, self.output)))
 
     def violation(self, function: Function) -> Tensor:
         """Return ``margin + max_{c != y} z_c - z_y`` per demand, shape (demands,)."""
@@ -100,9 +103,11 @@ class Classified(Constraint):
             )
         return logits.scatter(1, index[:, None], -torch.inf), logits.gather(1, index[:, None]).squeeze(1)
 
-    def alone(self, item: int) -> Classified:
-        """Ask of one item."""
+    def alone(self, item: int) -> Classified | None:
+        """Ask of one item; None where nothing is asked of it."""
         one = slice(item, item + 1)
+        if self.labels.ndim > 1 and not bool((self.labels[one] != IGNORED).any()):
+            return None
         return replace(self, inputs=rows(self.inputs, one), labels=self.labels[one])
 
     def altered(self, make: Callable[[Any], Any]) -> Classified:
@@ -180,31 +185,31 @@ class Tagged(Constraint):
 
     def bind(self, function: Function) -> Tagged:
         """Fix what the outputs are, where that was left to be read off them, and which outputs are asked."""
-        fitted = replace(self, likelihood=_fitted(self, function))
         with torch.no_grad():
-            z = fitted.likelihood.logits(outputs(function, self.inputs, self.output))
-        return replace(fitted, on=self._mask("on", z), off=self._mask("off", z))
+            answer = outputs(function, self.inputs, self.output)
+        fitted = self.likelihood.fitted(answer)
+        on, off = (as_outputs(self._mask(name, answer), answer, fitted.dim) for name in ("on", "off"))
+        return replace(self, on=on, off=off, likelihood=fitted)
 
     def violation(self, function: Function) -> Tensor:
         """Return ``margin - z`` of each tag that is to be on, ``margin + z`` of each to be off, item by item."""
-        z = self.likelihood.logits(outputs(function, self.inputs, self.output))
-        on, off = self._mask("on", z), self._mask("off", z)
+        answer = outputs(function, self.inputs, self.output)
+        z, on, off = self.likelihood.logits(answer), self._mask("on", answer), self._mask("off", answer)
         if bool((on & off).any()):
             tag = int((on & off).nonzero()[0][-1])
             raise InvalidInput(f"Tagged was given tag {tag} of one item as on and as off; drop one of them")
         gap = z.where(off, -z)[on | off]
         return gap + self.margin + _ties(gap)
 
-    def _mask(self, name: str, z: Tensor) -> Tensor:
+    def _mask(self, name: str, answer: Tensor) -> Tensor:
         """Return which tags are asked, of the shape of the logits, (n, ..., tags)."""
-        given = getattr(self, name)
+        given, z = getattr(self, name), aligned(answer, answer, self.likelihood.dim)
         if isinstance(given, Tensor):
-            mask = given.to(z.device)
-            mask = mask[:, None] if mask.ndim == 1 else mask
+            mask = aligned(given.to(z.device), answer, self.likelihood.dim)
             if mask.shape != z.shape:
                 raise ShapeMismatch(
-                    f"Tagged was given {name} of shape {tuple(given.shape)}; the model has tags of shape "
-                    f"{tuple(z.shape)}, tags last"
+                    f"Tagged was given {name} of shape {tuple(given.shape)}; expected {tuple(answer.shape)}, that of "
+                    "the model's output"
                 )
             return mask
         if given and max(given) >= z.shape[-1]:
@@ -215,10 +220,12 @@ class Tagged(Constraint):
         mask[..., list(given)] = True
         return mask
 
-    def alone(self, item: int) -> Tagged:
-        """Ask of one item."""
+    def alone(self, item: int) -> Tagged | None:
+        """Ask of one item; None where nothing is asked of it."""
         one = slice(item, item + 1)
         on, off = (tags[one] if isinstance(tags, Tensor) else tags for tags in (self.on, self.off))
+        if not any(bool(tags.any()) if isinstance(tags, Tensor) else tags for tags in (on, off)):
+            return None
         return replace(self, inputs=rows(self.inputs, one), on=on, off=off)
 
     def altered(self, make: Callable[[Any], Any]) -> Tagged:
@@ -373,7 +380,7 @@ class Kept(Constraint):
         if isinstance(likelihood, Categorical):
             return Classified(self.inputs, likelihood.answer(today), self.margin, likelihood=likelihood, **about)
         if isinstance(likelihood, Bernoulli):
-            on = likelihood.answer(today) == 1
+            on = as_outputs(likelihood.answer(today) == 1, today, likelihood.dim)
             return Tagged(self.inputs, on, ~on, self.margin, likelihood=likelihood, **about)
         if isinstance(likelihood, Gaussian):
             tolerance = likelihood.tolerance
@@ -383,14 +390,6 @@ class Kept(Constraint):
             f"Kept was given likelihood={likelihood!r:.60}; expected Categorical, Bernoulli or Gaussian: what else "
             "should stay goes into keep=wp.Locality(inputs, likelihood=...), or into a constraint of your own"
         )
-
-
-def _fitted(constraint: Classified | Tagged, function: Function) -> Any:
-    """Return a likelihood that says what the outputs are."""
-    if constraint.likelihood.of is not None:
-        return constraint.likelihood
-    with torch.no_grad():
-        return constraint.likelihood.fitted(outputs(function, constraint.inputs, constraint.output))
 
 
 def _ties(gap: Tensor) -> Tensor:

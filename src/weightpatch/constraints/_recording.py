@@ -60,7 +60,7 @@ def restored(record: Record) -> Constraint | None:
         return None
     try:
         return reader.restored(record)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise InvalidInput(f"a record of {record.kind} {record.version} cannot be read: {error}") from error
 
 
@@ -81,9 +81,9 @@ def packed(inputs: Inputs, name: str = "inputs") -> tuple[dict[str, Tensor], Any
             place = f"{name}{len(found)}"
             found[place] = part.detach()
             return {"tensor": place}
-        if isinstance(part, Mapping):
-            return {"map": {str(key): plain_of(value) for key, value in part.items()}}
-        if isinstance(part, (tuple, list)):
+        if isinstance(part, Mapping) and all(isinstance(key, str) for key in part):
+            return {"map": {key: plain_of(value) for key, value in part.items()}}
+        if type(part) in (tuple, list):
             return {type(part).__name__: [plain_of(value) for value in part]}
         if isinstance(part, _SCALARS):
             return {"value": part}

@@ -1,7 +1,7 @@
 """What is done to a user's network without touching it: a structural clone, a choice of parameters, replay."""
 
 from .clone import structural_clone
-from .isolation import preserved_rng, twice_differentiable, uncached_casts
+from .isolation import Noise, preserved_rng, twice_differentiable, uncached_casts
 from .linear import is_linear, is_transposed
 from .live import LiveNetwork
 from .network import Network
@@ -14,6 +14,7 @@ __all__ = [
     "GATE",
     "LiveNetwork",
     "Network",
+    "Noise",
     "ParameterRow",
     "Recording",
     "Seen",

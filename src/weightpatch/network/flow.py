@@ -66,9 +66,9 @@ class Flow(TorchFunctionMode):
             output: of the pass.
         """
         parts = pytree.tree_leaves(output)
-        waiting = [*self._ends, *(_memory(part) for part in parts if isinstance(part, Tensor))]
         if not all(isinstance(part, (Tensor, *PLAIN)) for part in parts):  # something unknown may hold any of them
-            waiting += [source for read in self._sources.values() for source in read]
+            return {(index, k) for index, recorded in enumerate(leaves) for k in range(len(recorded))}
+        waiting = [*self._ends, *(_memory(part) for part in parts if isinstance(part, Tensor))]
         reached = set()
         while waiting:
             place = waiting.pop()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 __all__ = ["PLAIN", "copied", "equal", "flatten", "flatten_call", "leaves_of", "tensors_in"]
@@ -71,6 +71,17 @@ def tensors_in(value: Any, found: list[Tensor]) -> list[Tensor]:
     return found
 
 
+def _opened(answer: Any) -> list[Tensor]:
+    """Return the tensors of an answer, also those that are attributes of an object, as of a dataclass."""
+    found: list[Tensor] = []
+    for leaf in pytree.tree_leaves(answer):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif not isinstance(leaf, (type, nn.Module, *PLAIN)):
+            found += [leaf for leaf in pytree.tree_leaves(getattr(leaf, "__dict__", {})) if isinstance(leaf, Tensor)]
+    return found
+
+
 def copied(inputs: Any) -> Any:
     """Copy every tensor of a structure, without its graph."""
     made = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), inputs)
@@ -79,8 +90,7 @@ def copied(inputs: Any) -> Any:
 
 def equal(one: Any, two: Any, *, exactly: bool = False) -> bool:
     """Compare all tensors of two answers, up to rounding unless `exactly`."""
-    pairs = (pytree.tree_leaves(one), pytree.tree_leaves(two))
-    first, second = ([leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)] for leaves in pairs)
+    first, second = ([leaf.detach() for leaf in _opened(answer)] for answer in (one, two))
     if len(first) != len(second):
         return False
     for a, b in zip(first, second, strict=True):

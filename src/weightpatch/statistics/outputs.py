@@ -67,6 +67,11 @@ class Probes:
         """Return the log-likelihood of one drawn answer at every position that counts."""
         if mask is not None and _last(self._likelihood, answers) and mask.shape == answers.shape[:-1]:
             answers, mask = answers[mask].reshape(-1, *[1] * (answers.ndim - 2), answers.shape[-1]), None
+        if not bool(answers.isfinite().all()) and bool(self._likelihood.divergence(answers, answers).isnan().any()):
+            raise NonFinite(
+                "the model answers some of this data with NaN or infinity, of which nothing can be drawn: keep other "
+                "items, or leave these positions out with a mask"
+            )
         found = self._likelihood.log_prob(answers, self._likelihood.sample(answers.detach(), self._generator))
         if not isinstance(found, Tensor) or not found.ndim or len(found) != len(answers):
             given = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__

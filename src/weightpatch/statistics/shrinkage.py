@@ -24,7 +24,7 @@ def estimated(layer: LayerMoments) -> float:
     long; 1 where all items are in one half.
     """
     half = layer.half
-    if half is None or half.count == layer.count:
+    if half is None or half.count in (0, layer.count):
         return UNKNOWN
     one, two = half.total / half.count, (layer.total - half.total) / (layer.count - half.count)
     rule = held_out if layer.total.shape[-1] <= _WIDEST else ledoit_wolf
