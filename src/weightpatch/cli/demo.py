@@ -26,7 +26,7 @@ MARGIN = 0.1
 SAMPLE = 1000  # images on which each of many edits is measured
 PER_EDIT = 20  # images to choose from for each edit: one in fourteen is a mistake
 RATE = 0.001  # of gradient descent on that block: the best of benchmarks/fashion_table.py on its validation split
-KEPT = 64  # the first images hold the edits back; what else changes is measured on all others
+KEPT = 1000  # the first images are kept: half of them judge; what else changes is measured on all others
 
 
 def demo(
