@@ -65,6 +65,12 @@ def test_every_leaf_with_a_row_for_each_item_is_taken_apart(tree, item: int):
     assert length(batch) == 4
 
 
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_list_of_as_many_tensors_as_there_are_items_is_no_list_of_items(n: int):
+    batch = [torch.arange(n) + 10 * place for place in range(n)]
+    assert [leaf.tolist() for leaf in rows(batch, slice(0, 1))] == [[10 * place] for place in range(n)]
+
+
 def test_named_tuples_and_mappings_of_any_kind_are_taken_apart():
     batch = {"pair": Pair(torch.arange(4), torch.arange(8).reshape(4, 2)), "more": UserDict(z=torch.arange(4))}
     some = rows(batch, slice(1, 3))

@@ -156,6 +156,18 @@ def test_nobody_guesses_what_outputs_mean():
         Locality(inputs(3)).of(heads)
 
 
+def test_the_output_that_is_meant_is_the_constraints_where_none_is_said():
+    fix = Classified(inputs(1), torch.tensor([1]), output="b")
+    for likelihood in (None, CLASSES):
+        keep = Locality(inputs(3), likelihood=likelihood, judge=Locality(inputs(2), likelihood=likelihood))
+        assert (keep.of(fix).output, keep.of(fix).judge.output) == ("b", "b")
+    several = Locality(inputs(3), output="a", likelihood=CLASSES) & Locality(inputs(3), likelihood=CLASSES)
+    assert [part.output for part in several.of(fix).parts] == ["a", "b"]
+    assert several.of(fix).of(fix).parts[0].inputs is several.inputs
+    done = keep.of(fix)
+    assert done.of(fix) is done
+
+
 def test_the_spread_is_that_of_all_that_is_kept():
     x = inputs(300) * torch.tensor([1.0, 5.0, 0.2])
     keep = Locality(x, likelihood=Gaussian()).fitted(lambda x: x)

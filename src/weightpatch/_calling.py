@@ -130,7 +130,7 @@ def _taken(part: Any, index: slice | Tensor, n: int) -> Any:
     if isinstance(part, tuple) and hasattr(part, "_fields"):
         return type(part)(*(_taken(value, index, n) for value in part))
     if isinstance(part, (tuple, list)):
-        if isinstance(part, list) and len(part) == n > 1 and not any(leaves(part)):
+        if isinstance(part, list) and len(part) == n > 1 and next(leaves(part), None) is None:
             raise InvalidInput(
                 f"a batch of {n} items holds a list of {n} values of {type(part[0]).__name__}; expected a tensor where "
                 "they belong to the items, or a tuple where they do not"

@@ -103,22 +103,23 @@ class Locality:
             InvalidInput: the parts of the constraint do not agree, or do not say.
         """
         found = {(repr(part.likelihood), str(part.output)): part for part in constraint.conjuncts}
-        first, one = next(iter(found.values())), len({key[1] for key in found}) == 1
-        made = []
-        for part in self.parts:
+        first, alike = next(iter(found.values())), len({output for _, output in found}) == 1
+        parts, made = self.parts, []
+        for part in parts:
             if part.likelihood is None:
-                if len({type(asked.likelihood) for asked in found.values()}) > 1 or not one:
-                    kinds = ", ".join(sorted({f"{part.kind} ({part.likelihood!r:.40})" for part in found.values()}))
+                if len({type(one.likelihood) for one in found.values()}) > 1 or not alike:
+                    kinds = ", ".join(sorted({f"{one.kind} ({one.likelihood!r:.40})" for one in found.values()}))
                     raise InvalidInput(
                         f"the demands are about outputs of different kinds: {kinds}; say what is kept: "
                         "wp.Locality(inputs, likelihood=..., output=...), several of them joined by &"
                     )
                 part = replace(part, likelihood=first.likelihood)
-            missing = part.output is None and one and first.output is not None
-            made.append(replace(part, output=first.output) if missing else part)
-        if self.judge is None and all(new is old for new, old in zip(made, self.parts, strict=True)):
-            return self
+            if part.output is None and alike and first.output is not None:
+                part = replace(part, output=first.output)
+            made.append(part)
         judge = None if self.judge is None else self.judge.of(constraint)
+        if judge is self.judge and all(new is old for new, old in zip(made, parts, strict=True)):
+            return self
         return replace(made[0], others=tuple(made[1:]), judge=judge)
 
     @torch.no_grad()

@@ -392,6 +392,26 @@ def agrees(fast: FastPredictor, slow: SlowPredictor, params: dict[str, Tensor]) 
 SHAPES = [{}, {"norm": False}, {"stride": 1}, {"kernel": 1}, {"kernel": 5}]
 
 
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self.head(self.body(x).tanh() * scale)
+
+
+@pytest.mark.parametrize("names", [("x", "scale"), ("scale", "x")])
+def test_arguments_go_by_their_names(names: tuple[str, ...]) -> None:
+    given = {"x": torch.randn(40, 6), "scale": torch.rand(40, 1) + 0.5}
+    inputs, model = {name: given[name] for name in names}, Named().eval()
+    network = Network(model, "head.*")
+    fast, slow = FastPredictor(model, network, inputs, BATCH), SlowPredictor(model, network, inputs, BATCH)
+    assert fast.untraced_because == ""
+    assert torch.equal(answers(fast.base), answers(slow.base))
+    agree(fast, slow, network)
+
+
 @pytest.mark.usefixtures("_always_corrected")
 @pytest.mark.parametrize("rough", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -46,6 +46,25 @@ def test_a_copy_with_slots_answers_bit_for_bit_and_the_model_stays():
     assert [part.shape for part in seen] == [(20, 64)]
 
 
+def test_what_a_layer_is_given_is_that_of_each_batch():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = nn.Linear(3, 2)
+
+        def forward(self, x, negative=False):
+            x = torch.as_tensor(x)
+            return self.out(-x if negative else x)
+
+    network, x = Network(with_slots(Sum(), "out", 1), ["out.gate.*"]), torch.randn(4, 3)
+    batches = ((x,), (x, True), (x + 1,), {"x": x.numpy()}, {"x": x.numpy() + 1}, x.numpy(), [[1.0, 2.0, 3.0]])
+    for _ in range(2):
+        given = [network.given("out", batch) for batch in batches]
+        for found, expected in zip(given, (x, -x, x + 1, x, x + 1, x, torch.tensor([[1.0, 2, 3]])), strict=True):
+            assert torch.equal(found, expected)
+    assert network.given("out", batches[0]) is given[0]
+
+
 def test_edited_gates_are_judged_as_by_full_passes():
     model, test = images.fashion_classifier(), images.fashion_test()[slice(600)]
     wide = with_slots(model, "fc", 4)

@@ -9,9 +9,13 @@ import torch
 import zoo
 from torch import Tensor, nn
 
+from weightpatch import Locality
+from weightpatch.constraints import Classified
 from weightpatch.editors import Metric
 from weightpatch.errors import InvalidInput
+from weightpatch.likelihoods import Categorical
 from weightpatch.statistics import Moments, second_moments
+from weightpatch.statistics.measuring import called, on_path
 
 LAYERS = {
     "linear": (nn.Linear(5, 3), (7, 5)),
@@ -160,6 +164,45 @@ def test_in_float64_shards_are_exact_to_rounding():
     whole = second_moments(layer, x).layers["weight"].total
     parts = second_moments(layer, x[:333]) + second_moments(layer, x[333:])
     assert torch.allclose(parts.layers["weight"].total, whole, rtol=1e-13)
+
+
+class Drawing(nn.Module):
+    """Draws random numbers in evaluation mode too, and takes a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, given: list[Tensor]) -> Tensor:
+        return self.out(nn.functional.dropout(given[0], 0.5) + given[1])
+
+
+def test_random_generators_are_left_alone() -> None:
+    model, x = Drawing(), torch.randn(20, 4)
+    before = torch.get_rng_state()
+    keep = Locality([x, x], likelihood=Categorical())
+    for likelihood in (None, Categorical()):
+        second_moments(model, keep, likelihood=likelihood)
+    assert called(model, [x, x]) == ("out.weight",)
+    assert on_path(model, Classified([x, x], torch.zeros(20, dtype=torch.int64))) == {"out.weight"}
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_was_made_in_inference_mode_is_measured_wherever_it_is() -> None:
+    class Sum(Drawing):
+        def forward(self, given: list[Tensor]) -> Tensor:
+            return self.out(given[0] + given[1])
+
+    model = Sum()
+    with torch.inference_mode():
+        x = torch.randn(20, 4)
+    found, expected = (
+        second_moments(model, keep, likelihood=Categorical()).layers["out.weight"]
+        for keep in (Locality([x, x]), Locality([x.clone(), x.clone()]))
+    )
+    assert torch.equal(found.total, expected.total)
+    assert found.fisher is not None
+    assert torch.equal(found.fisher, expected.fisher)
 
 
 def test_bad_input_is_said(tmp_path: Path):

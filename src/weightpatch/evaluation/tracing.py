@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, final
 
 import torch
@@ -59,8 +59,11 @@ class Trace:
 
     def record(self, batch: Inputs) -> tuple[Tensor, ...]:
         """Return the values at the split for one batch, each (n, ...)."""
-        given = batch if isinstance(batch, tuple) else tuple(batch.values()) if isinstance(batch, dict) else (batch,)
-        values: dict[fx.Node, Any] = dict(zip(self.inputs, given, strict=False))
+        values: dict[fx.Node, Any] = {}
+        if isinstance(batch, Mapping):
+            values |= {node: batch[node.target] for node in self.inputs if node.target in batch}
+        else:
+            values |= zip(self.inputs, batch if isinstance(batch, tuple) else (batch,), strict=False)
         for step in self.before:
             _advance(step, step.weights({}, torch.float32), values)
         cut = tuple(values[node] for node in self.cuts)

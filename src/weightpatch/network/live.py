@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .._calling import Inputs, Params
 from .clone import structural_clone
@@ -91,7 +91,7 @@ class LiveNetwork:
 
 
 def arguments(inputs: Inputs) -> Call:
-    """Return a batch as positional and keyword arguments."""
-    if isinstance(inputs, Tensor):
-        return (inputs,), {}
-    return (inputs, {}) if isinstance(inputs, tuple) else ((), dict(inputs))
+    """Return a batch as positional and keyword arguments, as `call` gives them."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}

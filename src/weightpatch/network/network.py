@@ -23,6 +23,7 @@ from .recordings import Mark, marked, unchanged
 from .replay import Call, Replayer
 from .scope import select
 from .slots import given
+from .tree import flatten_call
 
 __all__ = ["Network"]
 
@@ -64,7 +65,7 @@ class Network:
         self._replayer = Replayer(clone, rounded, replay=replay)
         self._weights = self._replayer.shared
         self._versions = _versions(self._weights)
-        self._given: dict[str, list[tuple[list[Mark], Tensor]]] = {}
+        self._given: dict[str, list[tuple[list[Mark], list[Any], Tensor]]] = {}
         self._normal: list[tuple[weakref.ref[Tensor], Tensor]] = []
         self._before = self.at(self.start)
 
@@ -174,13 +175,14 @@ class Network:
             layer: its name.
             inputs: one batch.
         """
-        tensors = [leaf for leaf in pytree.tree_leaves(arguments(inputs)) if isinstance(leaf, Tensor)]
+        tensors, rest, alike = flatten_call(*arguments(inputs))
         known = self._given.setdefault(layer, [])
-        for marks, found in known:
-            if unchanged(marks, tensors):
+        for marks, structure, found in known:
+            if alike and structure == rest and unchanged(marks, tensors):
                 return found
         found = given(self.before, layer, inputs)
-        self._given[layer] = [*known, (marked(tensors), found)][-_GIVEN:]
+        if alike:  # what else is in a batch, such as an array, has no version
+            self._given[layer] = [*known, (marked(tensors), rest, found)][-_GIVEN:]
         return found
 
     def isolated(self) -> AbstractContextManager[None]:

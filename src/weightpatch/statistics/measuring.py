@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -16,7 +17,7 @@ from ..constraints import Constraint
 from ..errors import InvalidInput
 from ..likelihoods import Likelihood
 from ..locality import Locality
-from ..network import check_finite, is_linear, is_transposed, select, structural_clone
+from ..network import check_finite, is_linear, is_transposed, preserved_rng, select, structural_clone
 from ..patches import fingerprint
 from .halves import halved
 from .layers import LayerMoments
@@ -68,11 +69,10 @@ def second_moments(
     clone = structural_clone(model)
     layers = _chosen(clone, select(model, parameters), parameters)
     mask, output = (inputs.mask, inputs.output) if isinstance(inputs, Locality) else (None, None)
-    inputs = inputs.inputs if isinstance(inputs, Locality) else inputs
     passes = _Passes(clone, layers, None if likelihood is None else Probes(likelihood, seed, output))
     sums: dict[str, LayerMoments] = {}
     items = 0
-    try:
+    with closing(passes), _steady(clone):
         for batch in _batches(inputs, batch_size):
             rows_of = None if mask is None else mask[items : items + batch_size]
             items += check_batch(batch, "second_moments")
@@ -80,8 +80,6 @@ def second_moments(
                 for name, layer in passes.run(part, counted).items():
                     found = replace(layer, half=layer) if side else layer
                     sums[name] = sums[name] + found if name in sums else found
-    finally:
-        passes.close()
     if not sums:
         some = ", ".join(weight for weight, _, _ in layers[:3])
         raise InvalidInput(f"second_moments gave the model {items} items, and it called none of the layers of {some}")
@@ -107,7 +105,7 @@ def called(model: nn.Module, inputs: Inputs, *, parameters: str | Sequence[str] 
     seen: dict[str, None] = {}
     for weight, _, module in layers:
         module.register_forward_hook(lambda *_, weight=weight: seen.update({weight: None}))
-    with torch.no_grad():
+    with torch.no_grad(), _steady(clone):
         call(clone, rows(inputs, slice(1)))
     return tuple(seen)
 
@@ -138,13 +136,18 @@ def on_path(model: nn.Module, constraint: Constraint) -> frozenset[str]:
         zeros.append((weight, torch.zeros_like(output).requires_grad_()))
         return output + zeros[-1][1]
 
-    bound = constraint.bind(clone)
-    for weight, _, module in layers:
-        module.register_forward_hook(lambda _, __, output, weight=weight: look(weight, output))
-    with torch.inference_mode(False), torch.enable_grad():
+    with _steady(clone), torch.inference_mode(False), torch.enable_grad():
+        bound = constraint.bind(clone)
+        for weight, _, module in layers:
+            module.register_forward_hook(lambda _, __, output, weight=weight: look(weight, output))
         violation = bound.violation(clone)
         grads = torch.autograd.grad(violation.sum(), [zero for _, zero in zeros], allow_unused=True)
     return frozenset(weight for (weight, _), grad in zip(zeros, grads, strict=True) if grad is not None)
+
+
+def _steady(model: nn.Module) -> AbstractContextManager[object]:
+    """Leave random generators as they were: some models draw from them in evaluation mode too."""
+    return preserved_rng(next(model.parameters()).device)
 
 
 class _Passes:
@@ -213,7 +216,8 @@ def _keys(module: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def _batches(inputs: Any, size: int) -> Iterator[Inputs]:
-    if isinstance(inputs, (Tensor, tuple, Mapping)):
+    if isinstance(inputs, (Locality, Tensor, tuple, Mapping)):
+        inputs = inputs.inputs if isinstance(inputs, Locality) else inputs
         n = check_batch(inputs, "second_moments")
         yield from (rows(inputs, slice(start, start + size)) for start in range(0, n, size))
     else:

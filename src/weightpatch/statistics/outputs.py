@@ -7,6 +7,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .._calling import Function, Inputs, Output, outputs
 from ..errors import InvalidInput, NonFinite
@@ -113,6 +114,4 @@ def _normal(batch: Inputs) -> Any:
     def copied(part: Any) -> Any:
         return part.clone() if isinstance(part, Tensor) and part.is_inference() else part
 
-    if isinstance(batch, Mapping):
-        return {name: copied(part) for name, part in batch.items()}
-    return tuple(copied(part) for part in batch) if isinstance(batch, tuple) else copied(batch)
+    return pytree.tree_map(copied, dict(batch) if isinstance(batch, Mapping) else batch)

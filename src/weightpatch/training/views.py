@@ -9,6 +9,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .._calling import Function, Inputs, Params, call, leaves, length, rows
 from ..network import LiveNetwork, Recording
@@ -136,25 +137,19 @@ class Recorder:
 
 
 def joined(batches: Sequence[Inputs]) -> Inputs | None:
-    """Return one batch of all items, or None where the batches have different shapes or structures."""
-    parts = [list(leaves(batch)) for batch in batches]
-    kinds = {tuple((leaf.shape[1:], leaf.dtype, leaf.device) for leaf in part) for part in parts}
-    keys = {tuple(batch) if isinstance(batch, dict) else type(batch).__name__ for batch in batches}
-    whole = all(_all_items(batch) for batch in batches)
-    if len(kinds) != 1 or len(keys) != 1 or not whole:
+    """Return one batch of all items, nested as each of them, or None where they differ in more than their values."""
+    flat = [pytree.tree_flatten(dict(batch) if isinstance(batch, Mapping) else batch) for batch in batches]
+    parts, structure = [part for part, _ in flat], flat[0][1]
+    if any(other != structure for _, other in flat) or not all(_all_items(part) for part in parts):
         return None
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-    first = batches[0]
-    if isinstance(first, Tensor):
-        return columns[0]
-    return tuple(columns) if isinstance(first, tuple) else dict(zip(first, columns, strict=True))
+    if len({tuple((leaf.shape[1:], leaf.dtype, leaf.device) for leaf in part) for part in parts}) != 1:
+        return None
+    return pytree.tree_unflatten([torch.cat(column) for column in zip(*parts, strict=True)], structure)  # type: ignore[no-any-return]
 
 
-def _all_items(batch: Inputs) -> bool:
-    """Say whether a batch is made of tensors alone, not nested, that have one row an item."""
-    parts = (batch,) if isinstance(batch, Tensor) else batch.values() if isinstance(batch, Mapping) else batch
-    n = length(batch)
-    return n > 0 and all(isinstance(part, Tensor) and part.ndim > 0 and len(part) == n for part in parts)
+def _all_items(parts: Sequence[Any]) -> bool:
+    """Say whether a batch is made of tensors alone that have one row an item."""
+    return bool(parts) and all(isinstance(part, Tensor) and part.ndim and len(part) == len(parts[0]) for part in parts)
 
 
 def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
