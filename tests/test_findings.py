@@ -295,11 +295,11 @@ def test_later_edits_keep_to_demands_of_every_kind(build: Any, one: Any, contrar
         first.patch.apply(model)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            second = wp.edit(model, other(), editor, parameters="head.*", remember=remember).raise_for_result()
-        second.patch.apply(model)
+            later = wp.edit(model, other(), editor, parameters="head.*", remember=remember).raise_for_result()
+        later.patch.apply(model)
         assert other().satisfied(model)
         broken.append(not one().satisfied(model))
-        assert second.constraint.kind == " & ".join([one().kind] * (2 if remember else 1))
+        assert later.constraint.kind == " & ".join([one().kind] * (2 if remember else 1))
         if remember:
             with pytest.raises(ConflictingConstraints, match="ask the same input"):
                 wp.edit(model, contrary(), editor, parameters="head.*")
