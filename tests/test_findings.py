@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from test_contract_kinds import ANSWERS, INPUTS, KINDS, MANNERS, Row, second_best
-from test_truth import X
+from test_truth import OTHERS, X, second
 from torch import Tensor, nn
 
 import weightpatch as wp
@@ -53,6 +53,7 @@ FAULTS = {
     "satisfied is said of one draw, or of one batch": (
         "test_truth.test_satisfied_means_in_every_draw",
         "test_truth.test_demands_that_hold_together_are_asked_alone_where_items_depend_on_each_other",
+        "test_findings.test_an_item_that_the_model_refuses_alone_does_not_hold_alone",
         "test_contract_kinds.test_satisfied_is_true_of_a_fresh_model_in_the_batch_and_alone",
     ),
     "a gate changes what is kept": (
@@ -157,6 +158,16 @@ def test_of_a_tuple_the_output_that_is_meant_is_edited_and_kept(likelihood: Cate
     assert found.kept.changed == int((before != after)[1:].sum()) > 0
 
 
+@pytest.mark.parametrize("keep", [None, Locality(OTHERS[:40])], ids=["nothing", "some"])
+def test_an_item_that_the_model_refuses_alone_does_not_hold_alone(keep: Locality | None) -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(16, track_running_stats=False)  # of the batch, in evaluation mode too
+    model = nn.Sequential(nn.Linear(8, 16), norm, nn.ReLU(), nn.Linear(16, 4)).eval()
+    found = wp.edit(model, second(model, X[:7]), keep=keep, parameters="3.*")
+    assert found.result is Result.unreliable
+    assert (found.reality.apart, found.reality.alone) == (7, 0)
+
+
 def nested(inputs: str, answer: str = "key") -> tuple[Row, nn.Module, Tensor, Tensor]:
     """Return a model that is asked so, inputs, and the classes it likes most and second."""
     row = Row("classes", answer, inputs, 1, MANNERS[0], "steps")
@@ -224,23 +235,27 @@ def test_training_replays_nested_inputs(inputs: str) -> None:
 class Near(Constraint):
     """A constraint of one's own: a number of each item is near a value."""
 
-    inputs: Tensor
+    items: Tensor
     value: float
 
     def violation(self, function: Callable[..., Any]) -> Tensor:
-        return (function(self.inputs)[:, 1] - self.value).square() - 1e-2
+        return (function(self.items)[:, 1] - self.value).square() - 1e-2
+
+    @property
+    def batches(self) -> tuple[Tensor, ...]:
+        return (self.items,)
 
     def asks(self) -> Iterator[Ask]:
-        for item in self.inputs:
+        for item in self.items:
             wanted = torch.tensor([self.value], dtype=torch.float64)
             yield Ask(item.numpy().tobytes(), wanted, 0.1, lambda _, value: f"near {value:g}")
 
     def record(self) -> Record:
-        return Record("tests/near", 1, {"inputs": self.inputs}, {"value": self.value})
+        return Record("tests/near", 1, {"items": self.items}, {"value": self.value})
 
     @classmethod
     def restored(cls, record: Record) -> Near:
-        return cls(record.tensors["inputs"], float(record.scalars["value"]))
+        return cls(record.tensors["items"], float(record.scalars["value"]))
 
 
 register("tests/near", 1, Near)

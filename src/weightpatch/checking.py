@@ -106,7 +106,7 @@ def _reality(constraint: Constraint, function: Function, device: torch.device) -
         if differ:
             return Reality(draws, held)
         apart = [one for part in constraint.conjuncts for one in _apart(part, function)]
-        alone = sum(one.satisfied(function) for one in apart)
+        alone = sum(_holds_alone(one, function) for one in apart)
     return Reality(draws, held, len(apart), alone)
 
 
@@ -124,10 +124,25 @@ def _apart(part: Constraint, function: Function) -> list[Constraint]:
         )
     some = sorted({round(step * (len(alone) - 1) / (_ALONE - 1)) for step in range(_ALONE)})
     depend = any(
-        _differ(outputs(function, one.batches[0], part.output), whole[place : place + 1])
+        (answer := _answer_alone(one, function)) is None or _differ(answer, whole[place : place + 1])
         for place, one in (alone[index] for index in some)
     )
     return [one for _, one in alone] if depend else []
+
+
+def _answer_alone(one: Constraint, function: Function) -> Tensor | None:
+    """Return the answer to one item; None where the model refuses a single one, as some batch normalisation does."""
+    try:
+        return outputs(function, one.batches[0], one.output)
+    except (RuntimeError, ValueError):
+        return None
+
+
+def _holds_alone(one: Constraint, function: Function) -> bool:
+    try:
+        return one.satisfied(function)
+    except (RuntimeError, ValueError):
+        return False
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:

@@ -106,7 +106,10 @@ def called(model: nn.Module, inputs: Inputs, *, parameters: str | Sequence[str] 
     for weight, _, module in layers:
         module.register_forward_hook(lambda *_, weight=weight: seen.update({weight: None}))
     with torch.no_grad(), _steady(clone):
-        call(clone, rows(inputs, slice(1)))
+        try:
+            call(clone, rows(inputs, slice(1)))
+        except ValueError:  # batch normalisation by the batch alone refuses a single item
+            call(clone, rows(inputs, slice(2)))
     return tuple(seen)
 
 
