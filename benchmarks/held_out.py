@@ -31,7 +31,7 @@ from weightpatch.tasks.text._protocol import generations
 
 HERE = Path(__file__).parent
 RESULTS, TABLE = HERE / "results" / "held_out.jsonl", HERE / "results" / "held_out.md"
-SIZES, EDITS, JUDGED = (200, 20, 2000), 50, 500
+SIZES, EDITS, JUDGED = (20, 200, 2000), 50, 500
 PARAMETERS = "model.decoder.layers.2.fc2.*"
 
 

@@ -277,6 +277,14 @@ def test_a_gate_changes_nothing_that_is_kept_or_is_refused():
         assert torch.equal(after(found, model, apart), model(apart))
 
 
+def test_what_is_asked_to_stay_is_kept_all_the_same():
+    model = mlp()
+    stays = Kept(X[1:100], 0.0)
+    found = wp.edit(model, second(model, X[:1]) & stays, RMSProp(lr=1e-2, max_steps=300), keep=Locality(X[:100]))
+    assert found.result is Result.satisfied
+    assert (found.kept.items, found.kept.changed) == (99, 0)
+
+
 def test_balls_leave_out_the_kept_items_that_judged_them():
     model = mlp(seed=3)
     for index in range(12):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ._calling import call, describe, unwatched
 from ._cost import measured
 from .checking import check, effect
-from .constraints import Constraint, check_consistent
+from .constraints import All, Constraint, check_consistent
 from .editors import Auto, Editor, ladder
 from .errors import InvalidInput, NonFinite, ShapeMismatch
 from .locality import Locality
@@ -89,7 +89,7 @@ def edit(
             if any(effect is not None and math.isnan(effect.drift) for effect in (solved.kept, solved.held_out)):
                 with network.isolated():
                     keep.check_finite(network.before)
-            keep = keep.without(solved.constraint)  # as it was solved
+            keep = _without_asked(keep, solved.constraint, network)  # as it was solved
         patch, solved = patched(model, network, solved, keep, limit, made)
         if patch is not None and remember:
             with network.isolated():
@@ -129,7 +129,7 @@ def solve(
     with network.isolated():
         keep = None if keep is None else _ready(keep, constraint, network)
         bound, before = _today(network, constraint)
-        keep = None if keep is None else keep.without(bound)
+        keep = None if keep is None else _without_asked(keep, bound, network)
         steps, solved = 0, None
         for _ in range(_ROUNDS):
             solved = _solve(network, bound, editor, keep, max_drift)
@@ -178,6 +178,15 @@ def _solve(network: Network, bound: Constraint, editor: Editor, keep: Locality |
 def _ready(keep: Locality, constraint: Constraint, network: Network) -> Locality:
     """Return what is kept, knowing what its outputs mean."""
     return keep.of(constraint).fitted(network.before)
+
+
+def _without_asked(keep: Locality, bound: Constraint, network: Network) -> Locality | None:
+    """Return what is kept but for the inputs of demands that do not hold: those are to change."""
+    if keep.without(bound) is keep:
+        return keep
+    with torch.no_grad():
+        unmet = tuple(part for part in bound.conjuncts if float(part.violation(network.before).max()) > 0)
+    return keep.without(All(unmet)) if unmet else keep
 
 
 def _say_unwatched(network: Network, constraint: Constraint, keep: Locality | None) -> None:

@@ -153,7 +153,8 @@ def test_no_gradient_is_kept():
         (torch.zeros(4), ShapeMismatch, "float32"),
         (torch.zeros(3, dtype=torch.int64), ShapeMismatch, "n = 4"),
         (torch.tensor([0, 1, 2, 3]), InvalidInput, "0 to 1"),
-        (torch.tensor([-1, -1, -1, -1]), InvalidInput, "no target of the test set counts, of 4"),
+        (torch.tensor([-1, 0, 1, 1]), InvalidInput, "targets go from -1 to 1; .*or -100 where nothing is asked"),
+        (torch.tensor([-100] * 4), InvalidInput, "no target of the test set counts, of 4"),
         ([0, 1, 1, 0], ShapeMismatch, "list"),
     ],
 )
