@@ -251,3 +251,25 @@ def test_infinite_drifts_count_as_changed_and_answers_without_a_drift_are_refuse
     gone[2, 0] = torch.nan
     with pytest.raises(NonFinite, match="answers 1 of 4 kept items with NaN or infinity, the first of them in rows 2"):
         keep.check_finite(lambda x: gone)
+
+
+def test_many_sequences_are_measured_in_parts_and_told_as_one():
+    x = torch.randn(700, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mask = torch.rand(700, 5, generator=torch.Generator().manual_seed(1)) > 0.4
+    mask[256:512] = False  # a part in which nothing counts
+    keep = Locality(x, mask, likelihood=CLASSES)
+    sizes = []
+
+    def before(x):
+        sizes.append(len(x))
+        return x
+
+    def after(x):
+        return x + 0.3 * x.flip(1)
+
+    told, whole = keep.between(before, after), keep.bind(before).effect(after)
+    assert keep.large and max(sizes[:-1]) <= 256
+    assert (told.items, told.changed, told.positions, told.moved) == (
+        whole.items, whole.changed, whole.positions, whole.moved
+    )  # fmt: skip
+    assert told.drift == pytest.approx(whole.drift, rel=1e-12)

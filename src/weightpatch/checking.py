@@ -86,7 +86,7 @@ def effect(network: Network, params: Params, keep: Locality) -> Effect:
         return keep.bind(network.before).effect(network.before) if bound else keep.unchanged()
     at = network.narrow(moved)
     before, after = (at({name: some[name] for name in moved}) for some in (network.start, params))
-    return keep.bind(before).effect(after)
+    return keep.between(before, after)
 
 
 def _worse(new: Effect | None, old: Effect | None) -> Effect | None:

@@ -21,6 +21,7 @@ __all__ = ["Locality"]
 
 _JUDGED = 0.5  # the share of the kept items that no part of the search sees
 _BYTES = 6  # of a digest, which decide
+_AT_ONCE = 256  # sequences whose outputs are in memory at once
 _SEEN = 512  # items whose answers say what outputs are
 
 
@@ -224,6 +225,26 @@ class Locality:
                     f"first of them in rows {str(items[:8])[1:-1]}; how far such answers move cannot be told: keep "
                     "other items, or leave these positions out with mask="
                 )
+
+    @property
+    def large(self) -> bool:
+        """Whether these are so many sequences that the outputs of all of them at once might not fit into memory."""
+        return self.mask is not None and self.answers is None and not self.others and self.items > _AT_ONCE
+
+    def between(self, before: Function, after: Function) -> Effect:
+        """Return what changed from the answers of `before`, a part of the items at a time where they are many."""
+        if not self.large:
+            return self.bind(before).effect(after)
+        first, *more = (part.bind(before).effect(after) for part in self._chunks)
+        return sum(more, first)
+
+    @cached_property
+    def _chunks(self) -> list[Locality]:
+        """The items in parts, which are the same tensors every time, so that passes are replayed."""
+        assert self.mask is not None
+        parts = torch.split(torch.arange(self.items, device="cpu"), _AT_ONCE)
+        counted = [part for part in parts if bool(self.mask[part.to(self.mask.device)].any())]
+        return [self._taken(part, _rows(self.inputs, part)) for part in counted]
 
     def unchanged(self) -> Effect:
         """Return the effect of an edit that changes nothing."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._calling import Function, Inputs, Params
 from .constraints import Constraint
+from .effects import Effect
 from .errors import InvalidInput
 from .locality import Locality
 
@@ -91,6 +92,17 @@ class Problem:
     def judged(self) -> Locality | None:
         """What is judged on, likewise."""
         return None if self.judge is None else self.judge.bind(self.at(self.start))
+
+    def effects(self, params: Params) -> tuple[Effect | None, Effect | None]:
+        """Return what params change on `keep`, and on `judge`; None where there is none."""
+        after = self.at(params)
+        seen = self.keep.between(self.at(self.start), after) if self.keep and self.keep.large else None
+        unseen = self.judge.between(self.at(self.start), after) if self.judge and self.judge.large else None
+        if seen is None and self.kept is not None:
+            seen = self.kept.effect(after)
+        if unseen is None and self.judged is not None:
+            unseen = self.judged.effect(after)
+        return seen, unseen
 
     def distance(self, params: Params) -> Tensor:
         """Return ½ ||params - start||², a scalar."""

@@ -214,9 +214,7 @@ class Auto(Editor):
             violation, generality = own.violation(function), float(copies.met(function).double().mean())
         worst = float(violation.max())
         held = worst <= 0
-        kept, held_out = (
-            None if keep is None else keep.effect(function).after(tries) for keep in (problem.kept, problem.judged)
-        )
+        kept, held_out = (None if effect is None else effect.after(tries) for effect in problem.effects(found.params))
         figure = held_out or kept
         within = held and (figure is None or budget.allows(figure))
         within = within and (generality is None or generality >= budget.generality)

@@ -202,8 +202,9 @@ def judge_answers(
     """Judge two models by their answers to labelled items.
 
     Green: the interval of the overall loss lies within its limit, no class or slice is known to be worse, and few
-    enough answers changed. Red: the interval lies beyond the limit; or a class or slice is worse, after Holm's
-    correction, and its error doubled or its corrected interval lies beyond its limit. Amber: everything else.
+    enough answers changed. Red: the interval lies beyond the limit, and the exact test rejects; or a class or slice is
+    worse, after Holm's correction, and its error doubled or its corrected interval lies beyond its limit. Amber:
+    everything else.
 
     Args:
         overall_counts: of all items: `Paired`, or `Several` where each has several answers.
