@@ -7,7 +7,8 @@ Each of 50 test sentences is to be translated by its reference, on its own, by `
 has it: the second matrix of the last block may move. Kept are the first test sentences neither edited nor judged;
 half of them judge. Told is the one-sided 95 % upper bound of the held-out share, seen the share of 500 other test
 sentences that the edited translator then translates otherwise, decoded greedily as it is deployed. Statistics are made
-once for all edits, as they would be for each. Sentences whose reference is said already are left out.
+once for all edits, as they would be for each. Sentences whose reference is said already are left out. With 2,000 kept
+sentences an edit takes minutes on two cores; the run continues from the edits that are stored.
 """
 
 from __future__ import annotations
